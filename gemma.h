@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// gemma.h: every noun of gemma.cu, and the letters of every shape. The only project header.
+//
+//     HTTP bytes --server.cpp--> Sequence --Scheduler--> Batch --Model::step--> Result --> HTTP
+//     bytes
+//
+// Letters, the same everywhere; a pointer's comment gives its shape in them:
+//   N tokens of one step         R rows (sequences) of one step     V logits (embedding rows)
+//   D width of the model         F width of the feed-forward        L layers
+//   H query heads                G key/value heads                  E width of a head
+//   W sliding window, counting the token itself
+// Matrices are row-major, and a weight matrix is [outputs, inputs], as Hugging Face stores it.
+#pragma once
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <nlohmann/json_fwd.hpp>
+
+namespace gemma {
+
+// [1] Small things -------------------------------------------------------------------------------
+
+// Start-up cannot go on: the message names the file, field or flag, what was found and what is
+// allowed.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+[[gnu::format(printf, 1, 2)]] inline std::string text(const char* format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    std::string s(static_cast<size_t>(std::vsnprintf(nullptr, 0, format, args)), '\0');
+    std::vsnprintf(s.data(), s.size() + 1, format, again);
+    va_end(again);
+    va_end(args);
+    return s;
+}
+
+// The log: one line on stderr, whole, from any thread.
+inline void say(const std::string& line) { std::fputs((line + "\n").c_str(), stderr); }
+
+struct bf16 {
+    uint16_t bits;  // the upper half of a float
+};
+
+// [2] Checkpoint ------------------------------------------------------------------ checkpoint.cpp
+
+struct Config {
+    int D, F, L, H, G, E, V, W;
+    int max_positions;
+    int vocab;                 // ids at or above it have no text and are never sampled; <= V
+    float eps;                 // of every RMSNorm
+    float scale;               // of the scores: query_pre_attn_scalar ^ -1/2
+    float embed_scale;         // sqrt(D), rounded to bf16 as the model was trained
+    float theta[2];            // RoPE bases, by Pool
+    float rope_divisor[2];     // inv_freq is divided by it; 8 for the global layers of 4B and up
+    std::vector<char> global;  // [L] 1: sees everything, 0: sees the last W tokens
+    std::vector<int> eos;      // generation stops on any of these
+};
+
+// What generation_config.json sets, else vLLM's own defaults.
+struct SamplingDefaults {
+    double temperature = 1, top_p = 1, min_p = 0, repetition_penalty = 1;
+    int top_k = 0;            // 0: off
+    int max_new_tokens = -1;  // -1: no limit of its own
+};
+
+struct Layer {
+    const bf16 *input_norm, *post_attention_norm, *pre_ffn_norm, *post_ffn_norm;  // [D]
+    const bf16* q;                                                                // [H*E, D]
+    const bf16 *k, *v;                                                            // [G*E, D]
+    const bf16* o;                                                                // [D, H*E]
+    const bf16 *q_norm, *k_norm;                                                  // [E]
+    const bf16 *gate, *up;                                                        // [F, D]
+    const bf16* down;                                                             // [D, F]
+};
+
+struct Weights {
+    const bf16* embed;  // [V, D], also the output matrix
+    const bf16* norm;   // [D]
+    std::vector<Layer> layers;
+};
+
+// A model directory as Hugging Face lays it out, validated whole; the weights are mapped, not read.
+// Anything wrong is an Error that names file and tensor or field, found and expected.
+class Checkpoint {
+  public:
+    explicit Checkpoint(const std::string& directory);
+    ~Checkpoint();
+    Config config;
+    SamplingDefaults defaults;
+    Weights weights;
+    uint64_t bytes = 0;  // of the tensors that are used
+
+  private:
+    struct Files;  // the mappings, and tensors that had to be converted to bf16
+    std::unique_ptr<Files> files;
+};
+
+// The directory of a model given as a path or as ORGANISATION/NAME in the Hugging Face cache
+// (HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub). Error: names what was searched.
+std::string find_model(const std::string& model);
+
+// [3] Tokenizer -------------------------------------------------------------------- tokenizer.cpp
+
+class Tokenizer {
+  public:
+    explicit Tokenizer(const std::string& file);  // a SentencePiece model of Gemma's family
+    ~Tokenizer();
+    int size() const;
+
+    static constexpr int eos = 1, bos = 2;  // fixed for the family and checked at load
+
+    // Text of a user: nothing in it can become a control id.
+    std::vector<int> encode(std::string_view text) const;
+    // Text of a raw prompt: control pieces written out in it become their ids. Adds no <bos>.
+    std::vector<int> encode_with_controls(std::string_view text) const;
+    // Gemma's chat template over OpenAI messages, <bos> included. Throws std::invalid_argument with
+    // the template's own message (roles that do not alternate, content of a wrong type).
+    std::vector<int> chat(const nlohmann::json& messages, bool add_generation_prompt) const;
+
+    // A piece's text, a byte piece's byte, "" for control ids and ids that have no piece.
+    std::string_view bytes(int id) const;
+    std::string_view name(int id) const;  // as the vocabulary spells it: "<end_of_turn>"
+    // Text of whole ids; what is not UTF-8 becomes U+FFFD. Control ids are left out.
+    std::string decode(const std::vector<int>& ids) const;
+
+  private:
+    struct Pieces;
+    std::unique_ptr<Pieces> pieces;
+};
+
+// Ids in, text out, at every moment valid UTF-8: a character that is not whole yet is held back.
+class Detokenizer {
+  public:
+    explicit Detokenizer(const Tokenizer& t) : tokenizer(t) {}
+    std::string push(int id);
+    std::string flush();  // at the end: what was held back, as U+FFFD
+
+  private:
+    const Tokenizer& tokenizer;
+    std::string held;  // the first 1 to 3 bytes of a character
+};
+
+// [4] Sequence and Batch --------------------------------------------------------------------------
+
+// K and V live in pages of 32 tokens, in two pools. A page of the global pool covers its tokens in
+// all global layers; one of the local pool covers them in all local layers, and is released once it
+// lies wholly before the window.
+enum Pool { local_pool, global_pool };
+constexpr int page_tokens = 32;
+
+struct Sampling {
+    float temperature = 1;       // below 1e-5: greedy
+    int top_k = 0;               // 0: off
+    float top_p = 1, min_p = 0;  // 1 and 0: off
+    uint64_t seed = 0;
+    int logprobs = -1;  // alternatives wanted, 0 to 20; -1: not even the token's own
+};
+
+// One thing that a step returns, about the token that follows batch.tokens[token].
+struct Output {
+    int token;  // index into the N tokens
+    int row;
+    int target = -1;  // -1: sample. Else: the logprob of this id
+    int index = 0;    // how many tokens were generated before this one: the draw depends on it
+    Sampling sampling;
+};
+
+// One step's work, ragged: row r has the tokens row_start[r] .. row_start[r+1]-1, at consecutive
+// positions. Prefill is a longer row, not another program.
+struct Batch {
+    std::vector<int> tokens;     // [N]
+    std::vector<int> positions;  // [N]
+    std::vector<int> row_start;  // [R+1]
+    std::vector<int> pages[2];   // [R, pages_per_row] by Pool; entry i covers positions 32i..32i+31
+    int pages_per_row = 0;
+    std::vector<Output> outputs;
+    std::vector<int> dead[2];  // by Pool; debug builds of an engine fill these pages with NaN
+};
+
+// Always from the raw log-softmax, whatever the sampling.
+struct Result {
+    struct Top {
+        int id;
+        float logprob;
+    };
+    int id = 0;
+    float logprob = 0;     // 0 where none was asked for
+    int rank = 0;          // 1: the likeliest
+    std::vector<Top> top;  // likeliest first; ties by id
+};
+using Results = std::vector<Result>;  // [batch.outputs]
+
+enum class Finish { none, stop, length, abort };
+
+struct Inbox;  // server.cpp: where a request waits for its tokens
+
+// One choice of one request.
+struct Sequence {
+    // set once
+    std::vector<int> tokens;  // the prompt; the scheduler appends
+    int prompt_tokens = 0;
+    int max_tokens = 0;
+    Sampling sampling;
+    std::vector<int> stop_ids;
+    int choice = 0;
+    std::shared_ptr<Inbox> inbox;
+    // any thread
+    std::atomic<bool> cancelled{false};
+    // scheduler only
+    int computed = 0;                       // tokens whose K and V lie in pages
+    std::vector<int> pages[2];              // by Pool and absolute page; -1: released
+    std::shared_ptr<struct Prefix> prefix;  // of its whole pages that are computed; server.cpp
+    int preemptions = 0, cached_tokens = 0;
+};
+
+// [5] Scheduler ----------------------------------------------------------------------- server.cpp
+
+struct Limits {
+    int max_num_seqs, max_batched_tokens;  // rows and tokens of a step
+    int window;
+    int pages[2];  // by Pool
+};
+
+struct Token {
+    std::shared_ptr<Sequence> sequence;
+    Result result;
+    Finish finish;
+};
+
+// A page is held by sequences, or cached (held by none, but found again by its tokens until its
+// room is needed), or free: the three always add up to the pool.
+struct PoolUse {
+    int held, cached, free;
+};
+
+// Pure: host structs in, a Batch out. No clock, no thread, no model.
+class Scheduler {
+  public:
+    explicit Scheduler(const Limits& limits);
+    ~Scheduler();
+    bool fits(int tokens) const;  // could a sequence that grows to so many tokens ever run?
+    void add(std::shared_ptr<Sequence> sequence);
+    const Batch& next();                                  // empty: nothing to do
+    std::vector<Token> finish(const Results& results);    // of the Batch that next() gave
+    std::vector<std::shared_ptr<Sequence>> remove_all();  // aborts whatever waits or runs
+    int waiting() const, running() const, preemptions() const;
+    PoolUse use(Pool pool) const;
+
+  private:
+    struct State;
+    std::unique_ptr<State> state;
+};
+
+// [6] Model -------------------------------------------------------- gemma.cu and reference.cpp
+
+// What an engine has for K and V, in bytes.
+struct KvMemory {
+    uint64_t budget;
+    uint64_t page[2];  // one page, by Pool
+};
+
+class Model {
+  public:
+    virtual ~Model() = default;
+    virtual KvMemory kv_memory() const = 0;
+    virtual void allocate_pages(const int (&pages)[2]) = 0;  // by Pool; once, before the first step
+    virtual Results step(const Batch& batch) = 0;            // one caller at a time
+};
+
+// The checkpoint must outlive the model.
+std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint);
+
+}  // namespace gemma

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the tests share: Catch2 2 (Debian 12) or 3 (Debian 13), and a skip that says why.
+#pragma once
+
+#if __has_include(<catch2/catch_all.hpp>)
+#include <catch2/catch_all.hpp>
+using Catch::Approx;
+#else
+#include <catch2/catch.hpp>
+#endif
+
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include "gemma.h"
+
+// The repository, given by CMake: tests read demo/model and tests/golden from it.
+inline const std::filesystem::path repository = GEMMA_SOURCE_DIR;
+
+// Catch2 2 has no SKIP: print the reason, where ctest's log keeps it, and pass.
+#define SKIP_BECAUSE(reason)                                       \
+    do {                                                           \
+        std::printf("skipped: %s\n", std::string(reason).c_str()); \
+        SUCCEED("skipped: " << reason);                            \
+        return;                                                    \
+    } while (0)
+
+inline std::string read_file(const std::filesystem::path& path) {
+    std::ifstream in(path, std::ios::binary);
+    if (!in) throw std::runtime_error("cannot read " + path.string());
+    return {std::istreambuf_iterator<char>(in), {}};
+}
