@@ -1,0 +1,1454 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// server.cpp: from an HTTP byte to a Batch, and from a Result back to an HTTP byte.
+//
+//   [1] Pages      who holds which page of K and V, and which prefix it contains
+//   [2] Scheduler  which tokens of which sequences make up the next step
+//   [3] Engine     the one thread that owns the model; an inbox for each request
+//   [4] Fields     one table drives parsing, ranges and error texts of requests and of flags
+//   [5] Requests   two parsers, one struct
+//   [6] Answers    streamed or whole, text or chat: one path
+//   [7] Routes     the OpenAI surface
+//   [8] main       flags, memory, start, drain
+//
+// Rules: only the engine thread touches the model, the pages and the scheduler. HTTP threads parse,
+// tokenize, post sequences and wait on their request's inbox; nothing they do can stall a step.
+#include "gemma.h"
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <charconv>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
+#include <ctime>
+#include <deque>
+#include <fstream>
+#include <limits>
+#include <list>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <thread>
+#include <variant>
+
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <httplib.h>
+#include <nlohmann/json.hpp>
+
+namespace gemma {
+
+using nlohmann::json;
+using ordered = nlohmann::ordered_json;  // what is written keeps vLLM's order of keys
+
+// [1] Pages ---------------------------------------------------------------------------------------
+
+// 32 tokens behind all the tokens of `parent`: a node in the tree of known prefixes. Tokens are
+// compared, never hashed, so no two prefixes can be taken for each other. A node lives as long as a
+// sequence, a page or a child needs it.
+struct Prefix : std::enable_shared_from_this<Prefix> {
+    using Tokens = std::array<int, page_tokens>;
+    std::shared_ptr<Prefix> parent;
+    Tokens tokens{};
+    int page[2] = {-1, -1};  // by Pool: the page that holds these tokens' K and V, or -1
+    std::map<Tokens, Prefix*> children;
+
+    ~Prefix() {
+        if (parent) parent->children.erase(tokens);
+    }
+    static Tokens read(const int* next) {
+        Tokens t;
+        std::copy_n(next, page_tokens, t.begin());
+        return t;
+    }
+    std::shared_ptr<Prefix> find(const int* next) const {  // [32]; null: not known
+        const auto child = children.find(read(next));
+        return child == children.end() ? nullptr : child->second->shared_from_this();
+    }
+    std::shared_ptr<Prefix> find_or_make(const int* next) {  // [32]
+        if (auto known = find(next)) return known;
+        auto made = std::make_shared<Prefix>();
+        made->parent = shared_from_this();
+        made->tokens = read(next);
+        children[made->tokens] = made.get();
+        return made;
+    }
+};
+
+// The books of one pool. A page that is freed while it has a Prefix stays cached until its room is
+// needed, least recently used first.
+class Pages {
+  public:
+    Pages(Pool of_pool, int total) : pool(of_pool), books(size_t(total)) {
+        for (int page = total; page-- > 0;) idle.push_back(page);
+    }
+
+    int allocate() {  // a page held once, or -1
+        if (idle.empty()) {
+            if (cached.empty()) return -1;
+            forget(cached.front());
+            cached.pop_front();
+        }
+        const int page = idle.back();
+        idle.pop_back();
+        books[size_t(page)].holders = 1;
+        return page;
+    }
+
+    void retain(int page) {
+        Book& book = books[size_t(page)];
+        if (book.holders++ == 0) cached.erase(book.place);
+    }
+
+    void release(int page) {
+        Book& book = books[size_t(page)];
+        assert(book.holders > 0);
+        if (--book.holders > 0) return;
+        if (!book.prefix) return forget(page);
+        book.place = cached.insert(cached.end(), page);
+    }
+
+    // The page is filled with `prefix` and may be shared from now on. Where two sequences computed
+    // the same page at the same time, the first one's is shared.
+    void publish(int page, const std::shared_ptr<Prefix>& prefix) {
+        if (prefix->page[pool] >= 0) return;
+        prefix->page[pool] = page;
+        books[size_t(page)].prefix = prefix;
+    }
+
+    int available() const { return int(idle.size() + cached.size()); }
+    PoolUse use() const {
+        return {int(books.size()) - available(), int(cached.size()), int(idle.size())};
+    }
+    std::vector<int> dead;  // see Batch::dead
+
+  private:
+    struct Book {
+        int holders = 0;
+        std::shared_ptr<Prefix> prefix;
+        std::list<int>::iterator place;  // in `cached`, where it is cached
+    };
+
+    void forget(int page) {
+        if (auto prefix = std::move(books[size_t(page)].prefix)) prefix->page[pool] = -1;
+        idle.push_back(page);
+        dead.push_back(page);
+    }
+
+    Pool pool;
+    std::vector<Book> books;
+    std::vector<int> idle;
+    std::list<int> cached;  // least recently used first
+};
+
+// [2] Scheduler -----------------------------------------------------------------------------------
+
+struct Scheduler::State {
+    struct Row {
+        std::shared_ptr<Sequence> sequence;
+        int count;  // tokens of this step
+    };
+
+    Limits limits;
+    Pages pages[2];  // by Pool
+    std::shared_ptr<Prefix> root = std::make_shared<Prefix>();
+    std::deque<std::shared_ptr<Sequence>> waiting;   // in the order in which they will run
+    std::vector<std::shared_ptr<Sequence>> running;  // oldest first
+    std::vector<Row> rows;
+    Batch batch;
+    int preemptions = 0;
+
+    explicit State(const Limits& l)
+        : limits(l),
+          pages{{local_pool, l.pages[local_pool]}, {global_pool, l.pages[global_pool]}} {}
+
+    static int pages_for(int tokens) { return (tokens + page_tokens - 1) / page_tokens; }
+    // Pages that W tokens can touch, wherever the first of them lies.
+    int window_pages() const { return (limits.window + page_tokens - 2) / page_tokens + 1; }
+
+    void release(Sequence& s) {
+        for (const Pool pool : {local_pool, global_pool}) {
+            // The last page first: of a prefix that is evicted piece by piece, the start stays.
+            for (size_t i = s.pages[pool].size(); i-- > 0;) {
+                if (s.pages[pool][i] >= 0) pages[pool].release(s.pages[pool][i]);
+            }
+            s.pages[pool].clear();
+        }
+        s.computed = 0;
+        s.prefix = root;
+    }
+
+    // Recomputing is exact (one arithmetic), so no one can tell it from the text.
+    void preempt_newest() {
+        const auto victim = running.back();
+        running.pop_back();
+        release(*victim);
+        victim->preemptions++, preemptions++;
+        waiting.push_front(victim);
+    }
+
+    // Pages for the next `count` tokens; returns for how many of them there was room.
+    int grow(Sequence& s, int count) {
+        int covered = count;
+        for (const Pool pool : {local_pool, global_pool}) {
+            auto& table = s.pages[pool];
+            while (int(table.size()) * page_tokens < s.computed + count) {
+                const int page = pages[pool].allocate();
+                if (page < 0) break;
+                table.push_back(page);
+            }
+            covered = std::min(covered, int(table.size()) * page_tokens - s.computed);
+        }
+        return std::max(0, covered);
+    }
+
+    void drop_cancelled() {
+        const auto drop = [&](const std::shared_ptr<Sequence>& s) {
+            if (!s->cancelled) return false;
+            release(*s);
+            return true;
+        };
+        std::erase_if(waiting, drop);
+        std::erase_if(running, drop);
+    }
+
+    void plan_running(int& budget) {
+        std::vector<int> want(running.size());
+        for (const bool decode : {true, false}) {  // decode rows never wait for a long prompt
+            for (size_t i = 0; i < running.size(); i++) {
+                const int left = int(running[i]->tokens.size()) - running[i]->computed;
+                if ((left == 1) != decode) continue;
+                want[i] = std::min(left, budget);
+                budget -= want[i];
+            }
+        }
+        for (size_t i = 0; i < running.size(); i++) {  // the oldest takes pages, the newest gives
+            if (want[i] == 0) continue;
+            int got = 0;
+            while (i < running.size() && (got = grow(*running[i], want[i])) == 0) preempt_newest();
+            if (got > 0) rows.push_back({running[i], got});
+        }
+    }
+
+    // The longest known prefix: global pages from the start on, and the local pages that the window
+    // still sees. At least one token is left to compute, because its logits are needed.
+    void take_cached(Sequence& s) {
+        std::vector<std::shared_ptr<Prefix>> chain;
+        auto node = root;
+        while ((chain.size() + 1) * page_tokens < s.tokens.size()) {
+            node = node->find(s.tokens.data() + chain.size() * page_tokens);
+            if (!node || node->page[global_pool] < 0) break;
+            chain.push_back(node);
+        }
+        size_t first = 0;  // of the local pages
+        const auto seen = [&] {
+            const int before = int(chain.size()) * page_tokens - (limits.window - 1);
+            first = size_t(std::max(0, before) / page_tokens);
+            return std::all_of(chain.begin() + ptrdiff_t(first), chain.end(),
+                               [](const auto& p) { return p->page[local_pool] >= 0; });
+        };
+        while (!chain.empty() && !seen()) chain.pop_back();
+        if (chain.empty()) return;
+        for (size_t i = 0; i < chain.size(); i++) {
+            for (const Pool pool : {local_pool, global_pool}) {
+                const int page = pool == local_pool && i < first ? -1 : chain[i]->page[pool];
+                if (page >= 0) pages[pool].retain(page);
+                s.pages[pool].push_back(page);
+            }
+        }
+        s.prefix = chain.back();
+        s.computed = s.cached_tokens = int(chain.size()) * page_tokens;
+    }
+
+    // Beside others a sequence starts only if its whole prompt has room, and each of the others has
+    // a page to grow by: else it would be preempted at once.
+    bool has_room(const Sequence& s, int budget) const {
+        if (running.empty()) return true;
+        const int left = int(s.tokens.size()) - s.computed;
+        const int spare = int(running.size());
+        const int local =
+            std::min(pages_for(left) + 1, window_pages() + pages_for(std::min(left, budget)));
+        return pages_for(left) + 1 + spare <= pages[global_pool].available() &&
+               local + spare <= pages[local_pool].available();
+    }
+
+    void admit(int& budget) {
+        while (!waiting.empty() && int(running.size()) < limits.max_num_seqs && budget > 0) {
+            const auto s = waiting.front();
+            take_cached(*s);
+            int got = 0;
+            if (has_room(*s, budget)) {
+                got = grow(*s, std::min(int(s->tokens.size()) - s->computed, budget));
+            }
+            if (got == 0) return release(*s);
+            waiting.pop_front();
+            running.push_back(s);
+            rows.push_back({s, got});
+            budget -= got;
+        }
+    }
+
+    void build() {
+        batch = Batch{};
+        batch.row_start.push_back(0);
+        for (const Row& row : rows) {
+            for (const Pool pool : {local_pool, global_pool}) {
+                batch.pages_per_row =
+                    std::max(batch.pages_per_row, int(row.sequence->pages[pool].size()));
+            }
+        }
+        for (size_t r = 0; r < rows.size(); r++) {
+            const Sequence& s = *rows[r].sequence;
+            const int end = s.computed + rows[r].count;
+            for (int i = s.computed; i < end; i++) {
+                batch.tokens.push_back(s.tokens[size_t(i)]);
+                batch.positions.push_back(i);
+            }
+            batch.row_start.push_back(int(batch.tokens.size()));
+            for (const Pool pool : {local_pool, global_pool}) {
+                auto& table = batch.pages[pool];
+                table.insert(table.end(), s.pages[pool].begin(), s.pages[pool].end());
+                table.resize((r + 1) * size_t(batch.pages_per_row), -1);
+            }
+            if (end == int(s.tokens.size())) {
+                batch.outputs.push_back(
+                    {int(batch.tokens.size()) - 1, int(r), -1, end - s.prompt_tokens, s.sampling});
+            }
+        }
+        for (const Pool pool : {local_pool, global_pool}) {
+            batch.dead[pool] = std::exchange(pages[pool].dead, {});
+        }
+    }
+
+    // After a step: whole pages may be shared, and local pages behind the window are let go.
+    void settle(Sequence& s, int count) {
+        const int filled = s.computed / page_tokens;
+        s.computed += count;
+        for (int i = filled; i < s.computed / page_tokens; i++) {
+            s.prefix = s.prefix->find_or_make(s.tokens.data() + i * page_tokens);
+            for (const Pool pool : {local_pool, global_pool}) {
+                pages[pool].publish(s.pages[pool][size_t(i)], s.prefix);
+            }
+        }
+        for (int i = (s.computed - limits.window + 1) / page_tokens; i-- > 0;) {
+            int& page = s.pages[local_pool][size_t(i)];
+            if (page < 0) break;
+            pages[local_pool].release(std::exchange(page, -1));
+        }
+    }
+};
+
+Scheduler::Scheduler(const Limits& limits) : state(std::make_unique<State>(limits)) {}
+Scheduler::~Scheduler() = default;
+
+bool Scheduler::fits(int tokens) const {
+    const int pages = State::pages_for(tokens);
+    return pages <= state->limits.pages[global_pool] &&
+           std::min(pages, state->window_pages()) <= state->limits.pages[local_pool];
+}
+
+void Scheduler::add(std::shared_ptr<Sequence> sequence) {
+    assert(fits(sequence->prompt_tokens + sequence->max_tokens));
+    sequence->prefix = state->root;
+    state->waiting.push_back(std::move(sequence));
+}
+
+const Batch& Scheduler::next() {
+    int budget = state->limits.max_batched_tokens;
+    const int before = state->preemptions;
+    state->rows.clear();
+    state->drop_cancelled();
+    state->plan_running(budget);
+    if (state->preemptions == before) state->admit(budget);  // else it would take the same pages
+    state->build();
+    return state->batch;
+}
+
+std::vector<Token> Scheduler::finish(const Results& results) {
+    std::vector<Token> tokens;
+    for (const State::Row& row : state->rows) {
+        Sequence& s = *row.sequence;
+        state->settle(s, row.count);
+        if (s.computed < int(s.tokens.size())) continue;  // its prompt goes on
+        const Result& result = results[tokens.size()];
+        s.tokens.push_back(result.id);
+        Finish finish = Finish::none;
+        if (std::count(s.stop_ids.begin(), s.stop_ids.end(), result.id)) {
+            finish = Finish::stop;
+        } else if (int(s.tokens.size()) - s.prompt_tokens >= s.max_tokens) {
+            finish = Finish::length;
+        }
+        tokens.push_back({row.sequence, result, finish});
+        if (finish == Finish::none) continue;
+        state->release(s);
+        std::erase(state->running, row.sequence);
+    }
+    return tokens;
+}
+
+std::vector<std::shared_ptr<Sequence>> Scheduler::remove_all() {
+    auto all = std::exchange(state->running, {});
+    all.insert(all.end(), state->waiting.begin(), state->waiting.end());
+    state->waiting.clear();
+    for (const auto& s : all) state->release(*s);
+    return all;
+}
+
+int Scheduler::waiting() const { return int(state->waiting.size()); }
+int Scheduler::running() const { return int(state->running.size()); }
+int Scheduler::preemptions() const { return state->preemptions; }
+PoolUse Scheduler::use(Pool pool) const { return state->pages[pool].use(); }
+
+// [3] Engine --------------------------------------------------------------------------------------
+
+// One for each request, whatever its number of prompts and choices.
+struct Inbox {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<Token> tokens;  // guarded by mutex
+
+    void put(Token token) {
+        {
+            const std::lock_guard lock(mutex);
+            tokens.push_back(std::move(token));
+        }
+        changed.notify_one();
+    }
+
+    // What has arrived; waits for something, but not for long, so that the caller can look whether
+    // its client is still there.
+    std::deque<Token> take() {
+        std::unique_lock lock(mutex);
+        changed.wait_for(lock, std::chrono::milliseconds(50), [&] { return !tokens.empty(); });
+        return std::exchange(tokens, {});
+    }
+};
+
+class Engine {
+  public:
+    Engine(std::unique_ptr<Model> m, const Limits& limits)
+        : model(std::move(m)), scheduler(limits), thread([this] { run(); }) {}
+    ~Engine() {
+        tell([&] { stopping = true; });
+        thread.join();
+    }
+    Engine(const Engine&) = delete;
+
+    void post(const std::vector<std::shared_ptr<Sequence>>& sequences) {
+        tell([&] { arrived.insert(arrived.end(), sequences.begin(), sequences.end()); });
+    }
+    void abort_all() {
+        tell([&] { aborting = true; });
+    }
+    bool fits(int tokens) const { return scheduler.fits(tokens); }
+
+  private:
+    void tell(auto&& change) {
+        {
+            const std::lock_guard lock(mutex);
+            change();
+        }
+        changed.notify_one();
+    }
+
+    void run() {
+        for (bool idle = true;;) {
+            std::vector<std::shared_ptr<Sequence>> news;
+            bool abort = false;
+            {
+                std::unique_lock lock(mutex);
+                const auto news_of_any_kind = [&] {
+                    return !arrived.empty() || aborting || stopping;
+                };
+                if (idle) changed.wait(lock, news_of_any_kind);
+                if (stopping) return;
+                news.swap(arrived);
+                abort = std::exchange(aborting, false);
+            }
+            for (auto& sequence : news) scheduler.add(std::move(sequence));
+            if (abort) {
+                for (const auto& s : scheduler.remove_all()) s->inbox->put({s, {}, Finish::abort});
+            }
+            const Batch& batch = scheduler.next();
+            idle = batch.tokens.empty();
+            if (idle) {
+                check_books();
+            } else {
+                for (Token& t : scheduler.finish(model->step(batch))) {
+                    const auto inbox = t.sequence->inbox;
+                    inbox->put(std::move(t));
+                }
+            }
+        }
+    }
+
+    // With nothing to do, no page may be held: a leak would otherwise show days later.
+    void check_books() const {
+        for (const Pool pool : {local_pool, global_pool}) {
+            const PoolUse use = scheduler.use(pool);
+            if (use.held == 0 && scheduler.waiting() + scheduler.running() == 0) continue;
+            say(text("BUG: idle, but pool %d holds %d pages (%d cached, %d free); %d waiting", pool,
+                     use.held, use.cached, use.free, scheduler.waiting()));
+            std::abort();
+        }
+    }
+
+    // engine thread only
+    std::unique_ptr<Model> model;
+    Scheduler scheduler;
+    // any thread
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::shared_ptr<Sequence>> arrived;  // guarded by mutex, as are the next two
+    bool aborting = false, stopping = false;
+    std::thread thread;  // last: it starts when the rest is there
+};
+
+// [4] Fields --------------------------------------------------------------------------------------
+
+// A mistake of the client's, or of a flag's: `param` names the field.
+struct Refusal {
+    int status;
+    std::string message, param;
+};
+
+[[noreturn, gnu::format(printf, 2, 3)]] void refuse(const char* param, const char* format, ...) {
+    char message[1000];
+    va_list args;
+    va_start(args, format);
+    std::vsnprintf(message, sizeof message, format, args);
+    va_end(args);
+    throw Refusal{400, message, param};
+}
+
+std::string quote(const json& value) {  // JSON text, valid UTF-8 whatever the bytes
+    return value.dump(-1, ' ', false, json::error_handler_t::replace);
+}
+
+// A value in an error: cut, so that an answer is never much longer than its request.
+std::string show(const json& value) {
+    const std::string s = quote(value);
+    return s.size() <= 100 ? s : s.substr(0, 97) + "...";
+}
+
+// One row of a table that drives parsing, ranges, error texts and help, for requests and flags.
+template <class T>
+struct Field {
+    const char* name;
+    std::variant<std::monostate, bool T::*, int64_t T::*, double T::*, std::string T::*,
+                 std::vector<std::string> T::*>
+        member;  // none: accepted without effect
+    double low = 0, high = 0;
+    const char* help = "";
+};
+
+constexpr double no_limit = std::numeric_limits<double>::infinity();
+constexpr double above_zero = std::numeric_limits<double>::min();
+
+// As pydantic reads numbers: "16" is 16, true is 1. Not a number: NaN.
+double as_number(const json& v) {
+    if (v.is_boolean()) return v.get<bool>();
+    if (v.is_number()) return v.get<double>();
+    const std::string s = v.is_string() ? v.get<std::string>() : "";
+    double d = 0;
+    const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), d);
+    return error == std::errc() && end == s.data() + s.size() ? d : std::nan("");
+}
+
+template <class T>
+void assign(T& out, const Field<T>& field, const json& value) {
+    const auto need = [&](bool met, const std::string& allowed) {
+        if (met) return;
+        refuse(field.name, "%s must be %s, got %s", field.name, allowed.c_str(),
+               show(value).c_str());
+    };
+    const std::string range =
+        (field.low == above_zero ? " above 0" : text(" of at least %.15g", field.low)) +
+        (field.high == no_limit ? "" : text(" and at most %.15g", field.high));
+    const double number = as_number(value);
+    const bool in_range = number >= field.low && number <= field.high;
+    std::visit(
+        [&](auto member) {
+            using M = std::decay_t<decltype(member)>;
+            if constexpr (std::is_same_v<M, bool T::*>) {
+                const bool yes = value == "true" || number == 1;
+                need(yes || value == "false" || number == 0, "true or false");
+                out.*member = yes;
+            } else if constexpr (std::is_same_v<M, int64_t T::*>) {
+                need(in_range && number == std::floor(number), "an integer" + range);
+                // A double holds 53 bits, a seed may have 63.
+                out.*member = value.is_number_integer() ? value.get<int64_t>() : int64_t(number);
+            } else if constexpr (std::is_same_v<M, double T::*>) {
+                need(in_range && !value.is_boolean(), "a number" + range);
+                out.*member = number;
+            } else if constexpr (std::is_same_v<M, std::string T::*>) {
+                need(value.is_string(), "a string");
+                out.*member = value;
+            } else if constexpr (std::is_same_v<M, std::vector<std::string> T::*>) {
+                const json list = value.is_string() ? json::array({value}) : value;
+                const auto good = [](const json& s) { return s.is_string() && s != ""; };
+                need(list.is_array() && double(list.size()) <= field.high &&
+                         std::all_of(list.begin(), list.end(), good),
+                     text("a string or a list of at most %.0f, none of them empty", field.high));
+                out.*member = list;
+            }
+        },
+        field.member);
+}
+
+template <class T>
+void assign_all(T& out, const std::vector<Field<T>>& fields, const json& body) {
+    for (const auto& field : fields) {
+        const auto value = body.find(field.name);
+        if (value != body.end() && !value->is_null()) assign(out, field, *value);
+    }
+}
+
+// [5] Requests ------------------------------------------------------------------------------------
+
+struct Options {
+    std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
+    std::vector<std::string> served_model_name;
+    int64_t port = 8000, max_num_seqs = 256, seed = 0;
+    int64_t max_model_len = -1, max_num_batched_tokens = -1, pages = -1;  // -1: not given
+};
+
+// The server's state. What stands below `ready` is set before it and constant afterwards.
+struct App {
+    Options options;
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool ready = false, leaving = false;  // guarded by mutex, as are the next two
+    int in_flight = 0;
+    std::mt19937_64 seeds;
+    int max_model_len = 0;
+    std::optional<Checkpoint> checkpoint;
+    std::optional<Tokenizer> tokenizer;
+    std::optional<Engine> engine;
+
+    auto change(auto&& how) {
+        const std::lock_guard lock(mutex);
+        changed.notify_all();  // they wake when the lock is free
+        return how();
+    }
+    bool wait(auto&& until, std::chrono::milliseconds at_most = std::chrono::hours(100'000)) {
+        std::unique_lock lock(mutex);
+        return changed.wait_for(lock, at_most, until);
+    }
+    void wait_until_ready() {
+        wait([&] { return ready || leaving; });
+        if (change([&] { return leaving; })) throw Refusal{503, "the server is leaving", ""};
+    }
+    uint64_t draw_seed() {
+        return change([&] { return seeds(); });
+    }
+};
+
+struct Request {
+    bool chat = false;
+    std::string model;
+    std::vector<std::vector<int>> prompts;
+    int64_t max_tokens = -1, seed = -1;        // -1: not given
+    int64_t logprobs = -1, top_logprobs = -1;  // alternatives wanted; -1: none
+    double temperature = 1, top_p = 1, min_p = 0;
+    int64_t top_k = 0, n = 1;
+    bool chat_logprobs = false, tokens_as_ids = false, ignore_eos = false;
+    bool stream = false, include_usage = true;
+    bool add_generation_prompt = true, add_special_tokens = true;
+    std::vector<std::string> stop;
+};
+
+using RequestFields = std::vector<Field<Request>>;
+
+const RequestFields common_fields{
+    {"model", &Request::model},
+    {"max_tokens", &Request::max_tokens, 1, 1e9},
+    {"temperature", &Request::temperature, 0, no_limit},
+    {"top_p", &Request::top_p, above_zero, 1},
+    {"top_k", &Request::top_k, -1, 1e9},
+    {"min_p", &Request::min_p, 0, 1},
+    {"seed", &Request::seed, double(INT64_MIN), double(INT64_MAX)},
+    {"n", &Request::n, 1, 128},
+    {"stop", &Request::stop, 0, 16},
+    {"ignore_eos", &Request::ignore_eos},
+    {"stream", &Request::stream},
+    {"return_tokens_as_token_ids", &Request::tokens_as_ids},
+};
+const RequestFields completion_fields{{"logprobs", &Request::logprobs, 0, 20}};
+const RequestFields chat_fields{
+    {"max_completion_tokens", &Request::max_tokens, 1, 1e9},
+    {"logprobs", &Request::chat_logprobs},
+    {"top_logprobs", &Request::top_logprobs, 0, 20},
+};
+const RequestFields stream_fields{{"include_usage", &Request::include_usage}};
+const RequestFields tokenize_fields{
+    {"model", &Request::model},
+    {"add_special_tokens", &Request::add_special_tokens},
+    {"add_generation_prompt", &Request::add_generation_prompt},
+};
+
+// What vLLM has, would change the result and is not offered here, each with the one value that it
+// may have: silently ignoring what was asked for would falsify somebody's measurement.
+const json not_offered = json::parse(R"({
+    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {},
+    "min_tokens": 0, "stop_token_ids": [], "include_stop_str_in_output": false,
+    "allowed_token_ids": null, "bad_words": [], "skip_special_tokens": true,
+    "truncate_prompt_tokens": null, "prompt_logprobs": null, "best_of": 1, "echo": false,
+    "use_beam_search": false, "length_penalty": 1, "priority": 0, "logits_processors": [],
+    "response_format": {"type": "text"}, "structured_outputs": null, "guided_json": null,
+    "guided_regex": null, "guided_choice": null, "guided_grammar": null, "suffix": null,
+    "prompt_embeds": null, "add_generation_prompt": true, "continue_final_message": false,
+    "tools": [], "tool_choice": "none", "functions": [], "chat_template": null,
+    "chat_template_kwargs": {}, "documents": [], "continuous_usage_stats": false})");
+
+void check_offered(const json& body) {
+    for (const auto& [name, only] : not_offered.items()) {
+        const auto value = body.find(name);
+        if (value == body.end() || value->is_null() || *value == only) continue;
+        refuse(name.c_str(), "%s is not supported by this server: leave it out or give %s, got %s",
+               name.c_str(), quote(only).c_str(), show(*value).c_str());
+    }
+}
+
+// Nested at most 64 deep: copying 100,000 levels would overflow the stack.
+json parse_body(const std::string& body) {
+    const auto limit = [](int depth, json::parse_event_t, json&) {
+        if (depth > 64) refuse("", "the body is nested more than 64 levels deep");
+        return true;
+    };
+    try {
+        json parsed = json::parse(body, limit);
+        if (!parsed.is_object()) refuse("", "the body must be a JSON object");
+        return parsed;
+    } catch (const json::parse_error& e) {
+        refuse("", "the body is not valid JSON, at byte %zu", e.byte);
+    }
+}
+
+int check_token(const App& app, const json& id, const char* param) {
+    const int V = app.checkpoint->config.V;
+    if (id.is_number_integer() && id >= 0 && id < V) return id;
+    refuse(param, "%s: token id %s is out of vocabulary: ids are integers from 0 to %d", param,
+           show(id).c_str(), V - 1);
+}
+
+// A string, a list of strings, a list of ids, or a list of lists of ids.
+std::vector<std::vector<int>> parse_prompts(const App& app, const json& body) {
+    const json prompt = body.value("prompt", json());
+    const bool single =
+        prompt.is_string() || (prompt.is_array() && !prompt.empty() && prompt[0].is_number());
+    const json list = single ? json::array({prompt}) : prompt;
+    if (!list.is_array() || list.empty() || list.size() > 64) {
+        refuse(
+            "prompt",
+            "prompt must be a string, a list of token ids, or a list of 1 to 64 of these, got %s",
+            show(prompt).c_str());
+    }
+    std::vector<std::vector<int>> prompts;
+    for (const json& one : list) {
+        prompts.emplace_back();
+        if (one.is_string()) {
+            prompts.back() = app.tokenizer->encode_with_controls(one.get_ref<const std::string&>());
+            prompts.back().insert(prompts.back().begin(), Tokenizer::bos);
+            for (const int id : prompts.back()) check_token(app, id, "prompt");
+        } else {
+            if (!one.is_array() || one.empty())
+                refuse("prompt",
+                       "prompt: a list of at least one token id, or a string, is needed, got %s",
+                       show(one).c_str());
+            for (const json& id : one) prompts.back().push_back(check_token(app, id, "prompt"));
+        }
+    }
+    return prompts;
+}
+
+std::vector<int> parse_messages(const App& app, const json& body, bool add_generation_prompt) try {
+    auto ids = app.tokenizer->chat(body.value("messages", json()), add_generation_prompt);
+    for (const int id : ids) check_token(app, id, "messages");
+    return ids;
+} catch (const std::invalid_argument& e) {
+    refuse("messages", "%s", e.what());
+}
+
+void check_model(const App& app, const std::string& model) {
+    const auto& names = app.options.served_model_name;
+    if (model.empty() || std::count(names.begin(), names.end(), model)) return;
+    throw Refusal{404, "The model `" + model.substr(0, 200) + "` does not exist.", "model"};
+}
+
+// In vLLM's words, which clients search for.
+void check_length(const App& app, const Request& r, size_t prompt) {
+    const long most = app.max_model_len, p = long(prompt), m = long(r.max_tokens);
+    if (m < 0 ? p < most : p + m <= most) return;
+    const std::string head = text(
+        "This model's maximum context length is %ld tokens. However, you "
+        "requested %ld tokens (",
+        most, p + std::max(0L, m));
+    if (m < 0)
+        refuse("messages", "%s%ld in the messages). Please reduce the length of the messages.",
+               head.c_str(), p);
+    refuse("max_tokens",
+           "%s%ld in the messages, %ld in the completion). Please reduce the length of the "
+           "messages or completion.",
+           head.c_str(), p, m);
+}
+
+Request parse_request(const App& app, const json& body, bool chat) {
+    const SamplingDefaults& d = app.checkpoint->defaults;
+    Request r;
+    r.chat = chat;
+    r.temperature = d.temperature, r.top_p = d.top_p, r.min_p = d.min_p, r.top_k = d.top_k;
+    assign_all(r, common_fields, body);
+    assign_all(r, chat ? chat_fields : completion_fields, body);
+    check_offered(body);
+    const json stream_options = body.value("stream_options", json());
+    if (!stream_options.is_null() && !r.stream)
+        refuse("stream_options", "Stream options can only be defined when `stream=True`.");
+    if (!stream_options.is_null() && !stream_options.is_object())
+        refuse("stream_options", "stream_options must be an object, got %s",
+               show(stream_options).c_str());
+    r.include_usage = stream_options.is_object();
+    if (r.include_usage)
+        assign_all(r, stream_fields, stream_options), check_offered(stream_options);
+    check_model(app, r.model);
+    if (r.model.empty()) r.model = app.options.served_model_name[0];
+    if (chat && r.top_logprobs >= 0 && !r.chat_logprobs)
+        refuse("top_logprobs", "when using `top_logprobs`, `logprobs` must be set to true.");
+    if (r.chat_logprobs) r.logprobs = std::max<int64_t>(0, r.top_logprobs);
+    r.temperature = r.temperature < 1e-5 ? 0 : std::clamp(r.temperature, 0.01, 1e6);  // as vLLM
+    if (r.temperature == 0 && r.n > 1)
+        refuse("n", "n must be 1 when using greedy sampling, got %d.", int(r.n));
+    if (!chat && r.max_tokens < 0) r.max_tokens = 16;
+    if (chat)
+        r.prompts.push_back(parse_messages(app, body, true));
+    else
+        r.prompts = parse_prompts(app, body);
+    for (const auto& prompt : r.prompts) check_length(app, r, prompt.size());
+    if (int64_t(r.prompts.size()) * r.n > 128)
+        refuse("n", "prompts times n must be at most 128, got %zu x %d", r.prompts.size(),
+               int(r.n));
+    return r;
+}
+
+// One for each choice: choice i of prompt p has the index p * n + i, and the seed plus i.
+std::vector<std::shared_ptr<Sequence>> make_sequences(App& app, const Request& r) {
+    const auto inbox = std::make_shared<Inbox>();
+    std::vector<std::shared_ptr<Sequence>> sequences;
+    for (const auto& prompt : r.prompts) {
+        const int size = int(prompt.size()), own_limit = app.checkpoint->defaults.max_new_tokens;
+        int max_tokens = r.max_tokens < 0 ? app.max_model_len - size : int(r.max_tokens);
+        if (own_limit > 0) max_tokens = std::min(max_tokens, own_limit);
+        if (!app.engine->fits(size + max_tokens))
+            refuse("max_tokens",
+                   "%d prompt tokens and %d more need more pages than the server has: ask for "
+                   "less, or give it more memory",
+                   size, max_tokens);
+        const uint64_t seed = r.seed == -1 ? app.draw_seed() : uint64_t(r.seed);
+        for (int i = 0; i < r.n; i++) {
+            auto& s = *sequences.emplace_back(std::make_shared<Sequence>());
+            s.tokens = prompt;
+            s.prompt_tokens = size;
+            s.max_tokens = max_tokens;
+            s.sampling = {float(r.temperature), int(std::max<int64_t>(0, r.top_k)),
+                          float(r.top_p),       float(r.min_p),
+                          seed + uint64_t(i),   int(r.logprobs)};
+            if (!r.ignore_eos) s.stop_ids = app.checkpoint->config.eos;
+            s.choice = int(sequences.size()) - 1;
+            s.inbox = inbox;
+        }
+    }
+    return sequences;
+}
+
+// [6] Answers -------------------------------------------------------------------------------------
+
+// One request's answer, streamed or whole, text or chat. Lives as long as its response; when that
+// ends, whatever still runs for it is cancelled. JSON is written as text, so that its shape can be
+// compared with vLLM's, key for key.
+class Answer {
+  public:
+    Answer(App& a, Request r)
+        : app(a), request(std::move(r)), sequences(make_sequences(a, request)) {
+        id = text("%s-%016lx%016lx", request.chat ? "chatcmpl" : "cmpl", long(app.draw_seed()),
+                  long(app.draw_seed()));
+        for (const auto& prompt : request.prompts) prompt_tokens += int(prompt.size());
+        app.change([&] { app.in_flight++; });
+        app.engine->post(sequences);
+    }
+    ~Answer() {
+        for (const auto& s : sequences) s->cancelled = true;
+        app.change([&] { app.in_flight--; });
+    }
+    Answer(const Answer&) = delete;
+
+    // Called again and again by the HTTP library until the answer is done; false: the client left.
+    bool pump(httplib::DataSink& sink) {
+        if (!sink.is_writable()) return false;
+        std::string out;
+        if (request.stream && request.chat && !started) {
+            for (size_t i = 0; i < choices.size(); i++) {
+                event(
+                    out,
+                    text(
+                        R"({"index":%zu,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null})",
+                        i));
+            }
+        }
+        started = true;
+        for (const Token& token : sequences[0]->inbox->take()) put(out, token);
+        if (unfinished == 0) {
+            if (request.stream && request.include_usage) event(out, "", usage());
+            out += request.stream ? "data: [DONE]\n\n" : whole();
+        }
+        if (!out.empty() && !sink.write(out.data(), out.size())) return false;
+        if (unfinished == 0) sink.done();
+        return true;
+    }
+
+  private:
+    struct Choice {
+        explicit Choice(const Tokenizer& t) : detokenizer(t) {}
+        Detokenizer detokenizer;
+        std::string held;  // decoded, but it may turn out to be the start of a stop string
+        std::string text;  // of a whole answer
+        std::string finish_reason = "null", stop_reason = "null";  // as JSON
+        std::string logprobs[4];  // lists without brackets, in the order of logprobs_json
+        size_t offset = 0;        // of the next token, in characters
+        bool finished = false;
+    };
+
+    void put(std::string& out, const Token& token) {
+        const int index = token.sequence->choice, token_id = token.result.id;
+        Choice& c = choices[size_t(index)];
+        if (c.finished) return;  // it came behind a stop string
+        Finish finish = token.finish;
+        if (finish != Finish::abort) {
+            completion_tokens++;
+            if (request.logprobs >= 0) add_logprobs(c, token.result);
+            if (finish != Finish::stop)
+                c.held += c.detokenizer.push(token_id);
+            else if (token_id != Tokenizer::eos)
+                c.stop_reason = std::to_string(token_id);
+        }
+        if (finish != Finish::none) c.held += c.detokenizer.flush();
+        c.text += release(c, finish);
+        c.finished = finish != Finish::none;
+        if (c.finished) {
+            static const char* const names[] = {"null", R"("stop")", R"("length")", R"("abort")"};
+            c.finish_reason = names[int(finish)];
+            token.sequence->cancelled = true;  // a stop string ends it here, not in the scheduler
+            unfinished--;
+        }
+        if (request.stream) event(out, choice_json(index));
+    }
+
+    // The part of the held text that may go out. The earliest stop string cuts it and ends the
+    // choice; what could be the start of one stays held.
+    std::string release(Choice& c, Finish& finish) const {
+        size_t cut = std::string::npos, keep = 0;
+        for (const std::string& stop : request.stop) {
+            const size_t at = c.held.find(stop);
+            if (at < cut) cut = at, c.stop_reason = quote(stop);
+            for (size_t n = std::min(stop.size() - 1, c.held.size()); n > keep; n--) {
+                if (c.held.ends_with(std::string_view(stop).substr(0, n))) keep = n;
+            }
+        }
+        if (cut != std::string::npos)
+            finish = Finish::stop;
+        else
+            cut = c.held.size() - (finish == Finish::none ? keep : 0);
+        const std::string out = c.held.substr(0, cut);
+        c.held.erase(0, cut);
+        return out;
+    }
+
+    std::string token_text(int token) const {
+        if (request.tokens_as_ids) return quote(text("token_id:%d", token));
+        const std::string s = app.tokenizer->decode({token});
+        return quote(s.empty() ? std::string(app.tokenizer->name(token)) : s);
+    }
+
+    static std::string number(float logprob) {  // floored as vLLM's: JSON has no -inf
+        return quote(std::max(double(logprob), -9999.));
+    }
+
+    static void append(std::string& list, const std::string& entry) {
+        list += (list.empty() ? "" : ",") + entry;
+    }
+
+    void add_logprobs(Choice& c, const Result& r) const {
+        const std::string name = token_text(r.id);
+        std::string top;
+        if (request.chat) {
+            const auto entry = [&](int token, float logprob) {
+                const auto raw = app.tokenizer->bytes(token);
+                return text(R"({"token":%s,"logprob":%s,"bytes":%s)", token_text(token).c_str(),
+                            number(logprob).c_str(),
+                            quote(std::vector<uint8_t>(raw.begin(), raw.end())).c_str());
+            };
+            for (const auto& t : r.top) append(top, entry(t.id, t.logprob) + "}");
+            return append(c.logprobs[0],
+                          entry(r.id, r.logprob) + R"(,"top_logprobs":[)" + top + "]}");
+        }
+        append(top, name + ":" + number(r.logprob));
+        for (const auto& t : r.top) {
+            if (t.id != r.id) append(top, token_text(t.id) + ":" + number(t.logprob));
+        }
+        append(c.logprobs[0], std::to_string(c.offset));
+        append(c.logprobs[1], number(r.logprob));
+        append(c.logprobs[2], name);
+        append(c.logprobs[3], "{" + top + "}");
+        const std::string plain = json::parse(name).get<std::string>();
+        c.offset += size_t(
+            std::count_if(plain.begin(), plain.end(), [](char b) { return (b & 0xc0) != 0x80; }));
+    }
+
+    // What has come since the last call.
+    std::string choice_json(int index) {
+        Choice& c = choices[size_t(index)];
+        const std::string piece = quote(std::exchange(c.text, {}));
+        std::string logprobs = "null";
+        std::string(&l)[4] = c.logprobs;
+        if (request.chat && !l[0].empty()) logprobs = R"({"content":[)" + l[0] + "]}";
+        if (!request.chat && !l[0].empty())
+            logprobs = R"({"text_offset":[)" + l[0] + R"(],"token_logprobs":[)" + l[1] +
+                       R"(],"tokens":[)" + l[2] + R"(],"top_logprobs":[)" + l[3] + "]}";
+        for (auto& list : l) list.clear();
+        std::string s = text(R"({"index":%d,)", index);
+        if (!request.chat)
+            s += R"("text":)" + piece;
+        else if (request.stream)
+            s += R"("delta":{"content":)" + piece + "}";
+        else
+            s += R"("message":{"role":"assistant","reasoning_content":null,"content":)" + piece +
+                 R"(,"tool_calls":[]})";
+        s += R"(,"logprobs":)" + logprobs + R"(,"finish_reason":)" + c.finish_reason;
+        if (!request.chat || !request.stream || c.finished)
+            s += R"(,"stop_reason":)" + c.stop_reason;
+        return s + (request.chat || request.stream ? "}" : R"(,"prompt_logprobs":null})");
+    }
+
+    std::string usage() const {
+        return text(
+            R"({"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,"prompt_tokens_details":null})",
+            prompt_tokens, prompt_tokens + completion_tokens, completion_tokens);
+    }
+
+    std::string envelope(const char* object, const std::string& list) const {
+        return text(R"({"id":"%s","object":"%s","created":%ld,"model":)", id.c_str(), object,
+                    created) +
+               quote(request.model) + R"(,"choices":[)" + list + "]";
+    }
+
+    void event(std::string& out, const std::string& choice, const std::string& use = "null") const {
+        out +=
+            "data: " + envelope(request.chat ? "chat.completion.chunk" : "text_completion", choice);
+        if (!request.chat || use != "null") out += R"(,"usage":)" + use;
+        out += "}\n\n";
+    }
+
+    std::string whole() {
+        std::string list;
+        for (size_t i = 0; i < choices.size(); i++) append(list, choice_json(int(i)));
+        return envelope(request.chat ? "chat.completion" : "text_completion", list) +
+               R"(,"usage":)" + usage() + (request.chat ? R"(,"prompt_logprobs":null})" : "}");
+    }
+
+    App& app;
+    const Request request;
+    const std::vector<std::shared_ptr<Sequence>> sequences;
+    std::vector<Choice> choices = std::vector<Choice>(sequences.size(), Choice(*app.tokenizer));
+    size_t unfinished = sequences.size();
+    int prompt_tokens = 0, completion_tokens = 0;
+    bool started = false;
+    std::string id;
+    const long created = std::time(nullptr);
+};
+
+// [7] Routes --------------------------------------------------------------------------------------
+
+void reply(httplib::Response& res, const ordered& body, int status = 200) {
+    res.status = status;
+    res.set_content(body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json");
+}
+
+void reply_error(httplib::Response& res, const Refusal& r) {
+    const char* type = r.status == 404   ? "NotFoundError"
+                       : r.status == 503 ? "ServiceUnavailableError"
+                       : r.status < 500  ? "BadRequestError"
+                                         : "InternalServerError";
+    if (r.status == 503) res.set_header("Retry-After", "1");
+    const ordered param = r.param.empty() ? ordered() : ordered(r.param);
+    reply(
+        res,
+        {{"error", {{"message", r.message}, {"type", type}, {"param", param}, {"code", r.status}}}},
+        r.status);
+}
+
+void generate(App& app, const json& body, bool chat, httplib::Response& res) {
+    Request request = parse_request(app, body, chat);
+    const char* type = request.stream ? "text/event-stream; charset=utf-8" : "application/json";
+    const auto answer = std::make_shared<Answer>(app, std::move(request));
+    res.set_chunked_content_provider(
+        type, [answer](size_t, httplib::DataSink& sink) { return answer->pump(sink); });
+}
+
+void tokenize(App& app, const json& body, httplib::Response& res) {
+    const bool chat = body.contains("messages");
+    Request r;
+    r.add_special_tokens = !chat;
+    assign_all(r, tokenize_fields, body);
+    check_model(app, r.model);
+    const json prompt = body.value("prompt", json());
+    if (!chat && !prompt.is_string())
+        refuse("prompt", "prompt must be a string, got %s", show(prompt).c_str());
+    std::vector<int> ids =
+        chat ? parse_messages(app, body, r.add_generation_prompt)
+             : app.tokenizer->encode_with_controls(prompt.get_ref<const std::string&>());
+    if (r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);
+    reply(res, {{"count", ids.size()}, {"max_model_len", app.max_model_len}, {"tokens", ids}});
+}
+
+void detokenize(App& app, const json& body, httplib::Response& res) {
+    Request r;
+    assign_all(r, tokenize_fields, body);
+    check_model(app, r.model);
+    const json tokens = body.value("tokens", json());
+    if (!tokens.is_array())
+        refuse("tokens", "tokens must be a list of token ids, got %s", show(tokens).c_str());
+    std::vector<int> ids;
+    for (const json& id : tokens) ids.push_back(check_token(app, id, "tokens"));
+    reply(res, {{"prompt", app.tokenizer->decode(ids)}});
+}
+
+void list_models(App& app, httplib::Response& res) {
+    const long now = std::time(nullptr);
+    ordered data = ordered::array();
+    for (const std::string& name : app.options.served_model_name) {
+        ordered permission = ordered::parse(R"({"id":"","object":"model_permission","created":0,
+            "allow_create_engine":false,"allow_sampling":true,"allow_logprobs":true,
+            "allow_search_indices":false,"allow_view":true,"allow_fine_tuning":false,
+            "organization":"*","group":null,"is_blocking":false})");
+        permission["id"] =
+            text("modelperm-%016lx%016lx", long(app.draw_seed()), long(app.draw_seed()));
+        permission["created"] = now;
+        data.push_back({{"id", name},
+                        {"object", "model"},
+                        {"created", now},
+                        {"owned_by", "vllm"},
+                        {"root", app.options.model},
+                        {"parent", nullptr},
+                        {"max_model_len", app.max_model_len},
+                        {"permission", {permission}}});
+    }
+    reply(res, {{"object", "list"}, {"data", data}});
+}
+
+void add_routes(httplib::Server& server, App& app) {
+    using In = const httplib::Request&;
+    using Out = httplib::Response&;
+    const auto post = [&](const char* path, auto handler) {
+        server.Post(path, [&app, handler](In req, Out res) {
+            try {
+                if (!req.get_header_value("Content-Type").starts_with("application/json"))
+                    refuse("", "Unsupported Media Type: Only 'application/json' is allowed");
+                const json body = parse_body(req.body);
+                app.wait_until_ready();
+                handler(body, res);
+            } catch (const Refusal& r) {
+                reply_error(res, r);
+            }
+        });
+    };
+    post("/v1/completions", [&](const json& body, Out res) { generate(app, body, false, res); });
+    post("/v1/chat/completions",
+         [&](const json& body, Out res) { generate(app, body, true, res); });
+    post("/tokenize", [&](const json& body, Out res) { tokenize(app, body, res); });
+    post("/detokenize", [&](const json& body, Out res) { detokenize(app, body, res); });
+    server.Get("/version", [](In, Out res) { reply(res, {{"version", GEMMA_VERSION}}); });
+    server.Get("/health", [&](In, Out res) {
+        res.status = app.change([&] { return app.ready && !app.leaving; }) ? 200 : 503;
+    });
+    server.Get("/v1/models", [&](In, Out res) {
+        try {
+            app.wait_until_ready();
+            list_models(app, res);
+        } catch (const Refusal& r) {
+            reply_error(res, r);
+        }
+    });
+}
+
+// What cpp-httplib 0.11.4 needs to serve well.
+void configure(httplib::Server& server) {
+    server.set_pre_routing_handler([](const httplib::Request& req, httplib::Response&) {
+        // It would compress event streams, and hold them back until there is a block to compress.
+        const_cast<httplib::Request&>(req).headers.erase("Accept-Encoding");
+        return httplib::Server::HandlerResponse::Unhandled;
+    });
+    server.set_error_handler([](const httplib::Request& req, httplib::Response& res) {
+        if (!res.body.empty() || req.path == "/health") return;
+        reply_error(res, {res.status,
+                          res.status == 413
+                              ? "the body is larger than 4 MiB"
+                              : req.method + " " + req.path.substr(0, 100) + " is not served here",
+                          ""});
+    });
+    server.set_exception_handler(
+        [](const httplib::Request&, httplib::Response& res, std::exception_ptr) {
+            reply_error(res, {500, "internal error", ""});
+        });
+    server.set_payload_max_length(4 << 20);
+    server.set_keep_alive_max_count(1);  // a thread serves one connection: none idles in it
+    server.set_tcp_nodelay(true);
+    server.new_task_queue = [] { return new httplib::ThreadPool(512); };
+}
+
+// [8] main ----------------------------------------------------------------------------------------
+
+const std::vector<Field<Options>> flags{
+    {"model", &Options::model, 0, 0,
+     "directory, or ORGANISATION/NAME in the Hugging Face cache; also as the first argument"},
+    {"served-model-name", &Options::served_model_name, 0, 100,
+     "names that requests may give, the first by default (the model)"},
+    {"host", &Options::host, 0, 0, "address to listen on (0.0.0.0)"},
+    {"port", &Options::port, 0, 65535, "port to listen on, 0 for a free one (8000, or $PORT)"},
+    {"max-model-len", &Options::max_model_len, 1, 131072,
+     "most tokens of a prompt and its answer; 8k is 8000, 8K 8192 (the model's, or what memory "
+     "allows, or $MAX_MODEL_LEN)"},
+    {"max-num-seqs", &Options::max_num_seqs, 1, 4096, "most sequences in a step (256)"},
+    {"max-num-batched-tokens", &Options::max_num_batched_tokens, 1, 1 << 20,
+     "most tokens in a step (32 a core on the CPU)"},
+    {"num-gpu-blocks-override", &Options::pages, 1, 1 << 26,
+     "pages in each of the two pools (what memory allows)"},
+    {"seed", &Options::seed, double(INT64_MIN), double(INT64_MAX),
+     "of the draws of requests without a seed (0)"},
+    {"device", &Options::device, 0, 0, "auto, cuda or cpu (auto)"},
+    {"block-size", {}, 0, 0, "accepted, no effect: a page holds 32 tokens"},
+    {"gpu-memory-utilization", {}, 0, 0, "accepted, no effect on the CPU"},
+};
+
+std::string help() {
+    std::string s =
+        "gemma-server: Gemma 3 over the OpenAI API\n\n    gemma-server [MODEL] [--flag VALUE | "
+        "--flag=VALUE]...\n\n";
+    for (const auto& f : flags) s += text("  --%-25s%s\n", f.name, f.help);
+    return s +
+           "\nThe flags are vLLM's and may be spelled with _ for -. What stands in brackets is the "
+           "default.\n";
+}
+
+// 25.6k is 25600 and 1K is 1024, as vLLM reads --max-model-len.
+json with_suffix(const std::string& s) {
+    const double unit = s.ends_with('k') ? 1000 : s.ends_with('K') ? 1024 : 0;
+    const double number = as_number(json(s.substr(0, s.size() - (unit > 0))));
+    return unit > 0 && number == number ? json(number * unit) : json(s);
+}
+
+void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
+    for (const auto& f : flags) {
+        if (name != f.name) continue;
+        if (values.empty()) refuse(f.name, "%s needs a value", f.name);
+        const bool list = name == "served-model-name";
+        if (values.size() > 1 && !list)
+            refuse(f.name, "%s takes one value, got %s", f.name, show(values).c_str());
+        if (std::holds_alternative<std::monostate>(f.member)) say("--" + name + ": " + f.help);
+        return assign(options, f,
+                      list                      ? json(values)
+                      : name == "max-model-len" ? with_suffix(values[0])
+                                                : json(values[0]));
+    }
+    std::string known;
+    for (const auto& f : flags) known += std::string(" --") + f.name;
+    refuse("", "%s is not a flag; there are%s", name.c_str(), known.c_str());
+}
+
+Options parse_flags(int argc, char** argv) try {
+    Options options;
+    for (const auto& [variable, flag] :
+         {std::pair("PORT", "port"), std::pair("MAX_MODEL_LEN", "max-model-len")}) {
+        if (const char* value = std::getenv(variable); value && *value)
+            set_flag(options, flag, {value});
+    }
+    const std::vector<std::string> args(argv + 1, argv + argc);
+    for (size_t i = 0; i < args.size(); i++) {
+        if (i == 0 && !args[i].starts_with("-")) {
+            options.model = args[i];
+            continue;
+        }
+        if (!args[i].starts_with("--")) refuse("", "unexpected argument %s", args[i].c_str());
+        const size_t equals = std::min(args[i].find('='), args[i].size());
+        std::string name = args[i].substr(2, equals - 2);
+        std::replace(name.begin(), name.end(), '_', '-');
+        std::vector<std::string> values;
+        if (equals < args[i].size())
+            values.push_back(args[i].substr(equals + 1));
+        else
+            while (i + 1 < args.size() && !args[i + 1].starts_with("--"))
+                values.push_back(args[++i]);
+        set_flag(options, name, values);
+    }
+    if (options.served_model_name.empty()) options.served_model_name = {options.model};
+    if (options.device != "auto" && options.device != "cpu")
+        refuse("",
+               options.device == "cuda" ? "device cuda: this build has no CUDA engine"
+                                        : "device must be auto, cuda or cpu, got %s",
+               options.device.c_str());
+    return options;
+} catch (const Refusal& r) {
+    throw Error(r.message + " (--help lists the flags)");
+}
+
+// Splits an engine's memory between the pools (docs/design.md, "Pages"), and finds max_model_len.
+Limits plan_memory(App& app, const KvMemory& memory) {
+    const Config& c = app.checkpoint->config;
+    const Options& o = app.options;
+    Limits limits{int(o.max_num_seqs), int(o.max_num_batched_tokens), c.W, {0, 0}};
+    if (limits.max_batched_tokens < 0) {
+        limits.max_batched_tokens = 32 * int(std::max(1u, std::thread::hardware_concurrency()));
+    }
+    const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
+    const int64_t step = pages_for(limits.max_batched_tokens) + 1, window = c.W / page_tokens + 1;
+    const auto bytes = [&](int64_t local, int64_t global) {
+        return uint64_t(local) * memory.page[local_pool] +
+               uint64_t(global) * memory.page[global_pool];
+    };
+    const int64_t longest =
+        std::min<int64_t>(o.max_model_len < 0 ? c.max_positions : o.max_model_len, c.max_positions);
+    if (o.max_model_len > longest) {
+        throw Error(text("--max-model-len %ld: the model has %d positions", long(o.max_model_len),
+                         c.max_positions));
+    }
+    int64_t length = longest;
+    if (o.pages > 0) {
+        limits.pages[local_pool] = limits.pages[global_pool] = int(o.pages);
+        length = o.pages >= window ? std::min(length, o.pages * page_tokens) : 0;
+    } else {
+        while (length > 0 && bytes(window + step, pages_for(length)) > memory.budget)
+            length -= page_tokens;
+    }
+    if (length <= 0 || (o.max_model_len > 0 && length < longest)) {
+        throw Error(
+            text("%s %ld needs %ld pages of each pool at least (%.1f MB), there is room for %.1f "
+                 "MB, or %ld tokens",
+                 o.max_model_len > 0 ? "--max-model-len" : "the model's length", long(longest),
+                 long(std::max(window, pages_for(longest))),
+                 double(bytes(window + step, pages_for(longest))) / 1e6,
+                 double(memory.budget) / 1e6, long(std::max<int64_t>(0, length))));
+    }
+    if (length < longest)
+        say(text("max_model_len lowered from %ld to the %ld tokens that fit", long(longest),
+                 long(length)));
+    app.max_model_len = int(length);
+    if (o.pages > 0) return limits;
+    const int64_t usual = pages_for(std::min<int64_t>(4096, length));
+    int64_t S = limits.max_num_seqs;
+    while (S > 1 &&
+           bytes(S * window + step, std::max(S * usual, pages_for(length))) > memory.budget)
+        S--;
+    limits.pages[local_pool] = int(S * window + step);
+    const int64_t rest = int64_t(memory.budget - bytes(limits.pages[local_pool], 0));
+    limits.pages[global_pool] =
+        int(std::min(rest / int64_t(std::max<uint64_t>(1, memory.page[global_pool])),
+                     limits.max_num_seqs * pages_for(length)));
+    return limits;
+}
+
+double seconds_since_exec() {
+    std::string field;  // the 22nd of /proc/self/stat: start time in clock ticks since boot
+    std::ifstream stat("/proc/self/stat");
+    for (int i = 0; i < 22; i++) stat >> field;
+    timespec now;
+    clock_gettime(CLOCK_BOOTTIME, &now);
+    return double(now.tv_sec) + double(now.tv_nsec) * 1e-9 -
+           std::atof(field.c_str()) / double(sysconf(_SC_CLK_TCK));
+}
+
+void load(App& app) {
+    const std::string directory = find_model(app.options.model);
+    app.checkpoint.emplace(directory);
+    app.tokenizer.emplace(directory + "/tokenizer.model");
+    say("device: cpu, because this build has no CUDA engine");
+    auto model = open_cpu(*app.checkpoint);
+    const Limits limits = plan_memory(app, model->kv_memory());
+    model->allocate_pages(limits.pages);
+    const SamplingDefaults& d = app.checkpoint->defaults;
+    say(text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g", d.temperature,
+             d.top_k, d.top_p, d.min_p));
+    for (const Pool pool : {local_pool, global_pool}) {
+        say(text("%s pool: %d pages, %ld tokens", pool == local_pool ? "local" : "global",
+                 limits.pages[pool], long(limits.pages[pool]) * page_tokens));
+    }
+    say(text("max_model_len %d, up to %d sequences and %d tokens a step", app.max_model_len,
+             limits.max_num_seqs, limits.max_batched_tokens));
+    app.engine.emplace(std::move(model), limits);
+    app.change([&] { app.ready = true; });
+    say(text("ready in %.2f s", seconds_since_exec()));
+}
+
+int serve(App& app) {
+    // Blocked before any thread is made, so that only the one that waits for them sees them.
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    std::thread([&app, signals] {
+        int signal;
+        sigwait(&signals, &signal);
+        if (!app.change([&] { return app.leaving = true, app.ready; })) std::_Exit(0);  // loading
+        sigwait(&signals, &signal);
+        std::_Exit(1);  // asked twice
+    }).detach();
+
+    httplib::Server server;
+    configure(server);
+    add_routes(server, app);
+    const Options& o = app.options;
+    const int port = o.port ? (server.bind_to_port(o.host, int(o.port)) ? int(o.port) : -1)
+                            : server.bind_to_any_port(o.host);
+    if (port < 0)
+        throw Error(text("cannot listen on %s:%ld: %s", o.host.c_str(), long(o.port),
+                         std::strerror(errno)));
+    std::thread listener([&] { server.listen_after_bind(); });
+    say(text("listening on http://%s:%d", o.host.c_str(), port));
+    int status = 0;
+    try {
+        load(app);
+        app.wait([&] { return app.leaving; });
+        say("leaving: what runs has 8 s to end");
+        const auto empty = [&] { return app.in_flight == 0; };
+        if (!app.wait(empty, std::chrono::seconds(8))) {
+            app.engine->abort_all();
+            app.wait(empty, std::chrono::seconds(1));
+        }
+    } catch (const Error& e) {
+        say(std::string("error: ") + e.what());
+        app.change([&] { app.leaving = true; });
+        status = 1;
+    }
+    server.stop();
+    listener.join();
+    return status;
+}
+
+}  // namespace gemma
+
+int main(int argc, char** argv) try {
+    using namespace gemma;
+    for (int i = 1; i < argc; i++) {
+        if (std::string_view(argv[i]) == "--help" || std::string_view(argv[i]) == "-h")
+            return std::puts(help().c_str()), 0;
+    }
+    App app;
+    app.options = parse_flags(argc, argv);
+    app.seeds.seed(uint64_t(app.options.seed));
+    return serve(app);
+} catch (const gemma::Error& e) {
+    gemma::say(std::string("error: ") + e.what());
+    return 1;
+}
