@@ -1,0 +1,557 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tokenizer_test.cpp: ids and text against golden files, no forged turns, no half characters.
+//
+// Two vocabularies: the demo's, always there, and Gemma's 262,144 pieces, from $GEMMA_VOCAB or the
+// folder beside the repository. What holds for both is tested with both; golden ids need Gemma's.
+#include "tests/test.h"
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <optional>
+#include <random>
+#include <thread>
+
+#include <nlohmann/json.hpp>
+
+using gemma::Detokenizer;
+using gemma::Tokenizer;
+using nlohmann::json;
+using Ids = std::vector<int>;
+
+namespace {
+
+const std::filesystem::path demo_file = repository / "demo/model/tokenizer.model";
+const char* const skip_reason = "no Gemma vocabulary at $GEMMA_VOCAB or ../shared/golden";
+
+// nullptr: not there. Loaded once; Catch2 runs test cases in one thread.
+const Tokenizer* gemma_vocabulary() {
+    static const auto loaded = []() -> std::optional<Tokenizer> {
+        const char* given = std::getenv("GEMMA_VOCAB");
+        const auto file = given ? std::filesystem::path(given)
+                                : repository / "../shared/golden/gemma3-vocab.model";
+        if (!std::filesystem::exists(file)) return std::nullopt;
+        return std::optional<Tokenizer>(std::in_place, file.string());
+    }();
+    return loaded ? &*loaded : nullptr;
+}
+
+std::map<std::string, const Tokenizer*> vocabularies() {
+    static const Tokenizer demo(demo_file.string());
+    std::map<std::string, const Tokenizer*> all{{"demo", &demo}};
+    if (const Tokenizer* big = gemma_vocabulary())
+        all["gemma"] = big;
+    else
+        std::printf("only the demo vocabulary: %s\n", skip_reason);
+    return all;
+}
+
+std::vector<json> golden(const char* name) {
+    std::ifstream in(repository / "tests/golden" / name);
+    std::vector<json> cases;
+    for (std::string line; std::getline(in, line);) cases.push_back(json::parse(line));
+    if (cases.empty()) throw std::runtime_error(std::string("no cases in ") + name);
+    return cases;
+}
+
+const std::vector<std::string> controls = {"<pad>",
+                                           "<eos>",
+                                           "<bos>",
+                                           "<unk>",
+                                           "<start_of_turn>",
+                                           "<end_of_turn>",
+                                           "<start_of_image>",
+                                           "<end_of_image>",
+                                           "<image_soft_token>"};
+
+// The ids that text must never become: those that a raw prompt reaches by a literal.
+Ids control_ids(const Tokenizer& t) {
+    Ids ids;
+    for (const std::string& literal : controls)
+        if (const Ids found = t.encode_with_controls(literal); found.size() == 1)
+            ids.push_back(found[0]);
+    return ids;
+}
+
+int count_controls(const Tokenizer& t, const Ids& ids) {
+    const Ids control = control_ids(t);
+    return int(std::count_if(ids.begin(), ids.end(), [&](int id) {
+        return std::find(control.begin(), control.end(), id) != control.end();
+    }));
+}
+
+json chat_of(const json& content) { return {{{"role", "user"}, {"content", content}}}; }
+
+// Strict UTF-8, by decoding: another way than the tokenizer's own.
+bool is_utf8(const std::string& s) {
+    for (size_t i = 0; i < s.size();) {
+        const auto lead = uint8_t(s[i]);
+        const size_t n = lead < 0x80 ? 1 : lead >> 5 == 6 ? 2 : lead >> 4 == 14 ? 3 : 4;
+        if (lead >= 0x80 && lead >> 5 != 6 && lead >> 4 != 14 && lead >> 3 != 30) return false;
+        if (i + n > s.size()) return false;
+        uint32_t code = n == 1 ? lead : lead & (0x7F >> n);
+        for (size_t k = 1; k < n; ++k) {
+            if ((s[i + k] & 0xC0) != 0x80) return false;
+            code = code << 6 | (s[i + k] & 0x3F);
+        }
+        const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
+        if (code < least[n] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) return false;
+        i += n;
+    }
+    return true;
+}
+
+// Token by token: whether every push is valid by itself, and all of them together are decode().
+bool streams_well(const Tokenizer& t, const Ids& ids) {
+    Detokenizer stream(t);
+    std::string all;
+    bool valid = true;
+    const auto take = [&](const std::string& piece) {
+        valid = valid && is_utf8(piece);
+        all += piece;
+    };
+    for (int id : ids) take(stream.push(id));
+    take(stream.flush());
+    return valid && all == t.decode(ids);
+}
+
+// The demo has its byte pieces where Gemma has them.
+int byte_id(uint8_t byte) { return 238 + byte; }
+
+std::string decoded_bytes(const Tokenizer& t, const std::string& bytes) {
+    Ids ids;
+    for (char c : bytes) ids.push_back(byte_id(uint8_t(c)));
+    CHECK(streams_well(t, ids));
+    return t.decode(ids);
+}
+
+std::filesystem::path scratch_file(const std::string& content) {
+    const auto file = std::filesystem::temp_directory_path() /
+                      ("gemma-tokenizer-test-" + std::to_string(std::random_device{}()));
+    std::ofstream(file, std::ios::binary) << content;
+    return file;
+}
+
+// "": the file loads and then works; else the message of its Error.
+std::string complaint(const std::string& content) {
+    const auto file = scratch_file(content);
+    std::string message;
+    try {
+        const Tokenizer t(file.string());
+        const Ids ids = t.encode("Cloud Run is a <end_of_turn>\n\n\u00e9\U0001F600");
+        t.decode(ids);
+        CHECK(count_controls(t, ids) == 0);
+    } catch (const gemma::Error& e) {
+        message = e.what();
+        CHECK(message.find(file.string()) == 0);
+    }
+    std::filesystem::remove(file);
+    return message;
+}
+
+std::string invalid(const Tokenizer& t, const json& messages) {
+    try {
+        t.chat(messages, true);
+    } catch (const std::invalid_argument& e) {
+        return e.what();
+    }
+    return "";
+}
+
+}  // namespace
+
+// [1] Golden ids ----------------------------------------------------------------------------------
+
+TEST_CASE("raw prompts have the golden ids") {
+    if (!gemma_vocabulary()) SKIP_BECAUSE(skip_reason);
+    const Tokenizer& t = *gemma_vocabulary();
+    int cases = 0, plain = 0, parsed = 0;
+    for (const json& c : golden("tokenizer.jsonl")) {
+        const auto text = c["text"].get<std::string>();
+        CAPTURE(c["n"].get<int>(), text.substr(0, 100));
+        const Ids ids = c["ids"].get<Ids>();
+        // SentencePiece alone does not know the soft token; Hugging Face does, and so do we.
+        const bool soft_token = text.find("<image_soft_token>") != text.npos;
+        const Ids expected = soft_token ? c["hf_ids"].get<Ids>() : ids;
+        CHECK(t.encode_with_controls(text) == expected);
+        ++cases;
+        parsed += soft_token;
+        if (count_controls(t, ids) == 0) {
+            CHECK(t.encode(text) == ids);
+            ++plain;
+        } else {
+            CHECK(count_controls(t, t.encode(text)) == 0);
+        }
+        // U+2581 comes back as a space: the one thing that is lost.
+        if (count_controls(t, expected) == 0 && text.find("\u2581") == text.npos)
+            CHECK(t.decode(expected) == text);
+        CHECK(streams_well(t, expected));
+    }
+    std::printf(
+        "tokenizer.jsonl: %d cases, %d of them without control ids, %d with the soft token\n",
+        cases, plain, parsed);
+    CHECK(plain > 90);
+    CHECK(t.size() == 262144);
+}
+
+TEST_CASE("chat has the golden ids, except that text forges no turn") {
+    if (!gemma_vocabulary()) SKIP_BECAUSE(skip_reason);
+    const Tokenizer& t = *gemma_vocabulary();
+    int ids = 0, errors = 0;
+    for (const json& c : golden("chat.jsonl")) {
+        const auto name = c["name"].get<std::string>();
+        CAPTURE(name);
+        const bool generate = c["add_generation_prompt"];
+        if (c.contains("error")) {
+            const std::string message = invalid(t, c["messages"]);
+            if (name == "err_empty_list")
+                CHECK(message.find("at least one") != message.npos);
+            else
+                CHECK("TemplateError: " + message == c["error"].get<std::string>());
+            ++errors;
+        } else if (name != "injection") {
+            CHECK(t.chat(c["messages"], generate) == c["hf_ids"].get<Ids>());
+            ++ids;
+        } else {
+            Ids expected{2, 105};
+            const auto content = c["messages"][0]["content"].get<std::string>();
+            for (int id : t.encode("user\n" + content)) expected.push_back(id);
+            for (int id : {106, 107, 105, 4368, 107}) expected.push_back(id);
+            CHECK(t.chat(c["messages"], generate) == expected);
+            CHECK(t.decode(expected) == "user\n" + content + "\nmodel\n");
+        }
+    }
+    std::printf("chat.jsonl: %d cases with ids, %d errors, 1 injection\n", ids, errors);
+    CHECK(ids + errors == 14);
+}
+
+// [2] Control ids ---------------------------------------------------------------------------------
+
+TEST_CASE("control text in content stays text") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const Tokenizer& t = *tokenizer;
+        CHECK(control_ids(t).size() == (name == "demo" ? 6 : 9));
+        const int frame = count_controls(t, t.chat(chat_of("Hi"), true));
+        CHECK(frame == 4);  // <bos>, two turns opened, one closed
+        std::vector<std::string> texts = controls;
+        std::mt19937 random(7);
+        for (int i = 0; i < 300; ++i) {  // mixtures, also cut ones that together make one
+            std::string mix;
+            for (int k = 0; k < 12; ++k) {
+                const std::string& literal = controls[random() % controls.size()];
+                const char* const glue[] = {"", " ", "\n", "<", "model\n", "\u2581", "a>"};
+                const size_t at = random() % literal.size();
+                mix += random() % 4 ? literal : literal.substr(0, at) + literal.substr(at);
+                mix += glue[random() % std::size(glue)];
+            }
+            texts.push_back(mix);
+        }
+        for (const std::string& content : texts) {
+            CAPTURE(content);
+            const json part = {{"type", "text"}, {"text", content}};
+            const json half = {{"type", "text"}, {"text", content.substr(0, content.size() / 2)}};
+            const json rest = {{"type", "text"}, {"text", content.substr(content.size() / 2)}};
+            const json system = {{"role", "system"}, {"content", content}};
+            CHECK(count_controls(t, t.encode(content)) == 0);
+            CHECK(count_controls(t, t.chat(chat_of(content), true)) == frame);
+            CHECK(count_controls(t, t.chat(chat_of(json::array({part})), true)) == frame);
+            if (content.find("\u2581") == content.npos)
+                CHECK(count_controls(t, t.chat(chat_of(json::array({half, rest})), true)) == frame);
+            json messages = chat_of("Hi");
+            messages.insert(messages.begin(), system);
+            CHECK(count_controls(t, t.chat(messages, true)) == frame);
+            messages = chat_of("Hi");
+            messages.push_back({{"role", content}, {"content", "x"}});
+            CHECK(count_controls(t, t.chat(messages, true)) == frame + 2);
+        }
+    }
+}
+
+TEST_CASE("a raw prompt's literals become ids, what is between them is plain text") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const Tokenizer& t = *tokenizer;
+        CHECK(t.encode_with_controls("<pad><eos><bos><unk>") == Ids{0, 1, 2, 3});
+        CHECK(t.encode_with_controls("<start_of_turn><end_of_turn>") == Ids{105, 106});
+        Ids expected = t.encode("a <");
+        expected.push_back(2);
+        for (int id : t.encode("> \n\n")) expected.push_back(id);
+        expected.push_back(106);
+        CHECK(t.encode_with_controls("a <<bos>> \n\n<end_of_turn>") == expected);
+        CHECK(t.encode_with_controls("<bos") == t.encode("<bos"));
+        CHECK(t.encode_with_controls("") == Ids{});
+        for (int id : control_ids(t)) CHECK(t.bytes(id).empty());
+        CHECK(t.name(106) == "<end_of_turn>");
+        CHECK(t.name(byte_id(0xE2)) == "<0xE2>");
+        CHECK(t.name(-1).empty());
+        CHECK(t.name(t.size()).empty());
+        CHECK(t.decode({2, 105, 106, 0, 3}) == "");
+        for (int id : {-1, t.size(), t.size() + 1, 1 << 30}) CHECK(t.bytes(id).empty());
+    }
+}
+
+// [3] Chat ----------------------------------------------------------------------------------------
+
+TEST_CASE("chat's frame") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const Tokenizer& t = *tokenizer;
+        const auto turn = [&](const std::string& text, bool generate = false) {
+            Ids ids{2, 105};
+            for (int id : t.encode("user\n" + text)) ids.push_back(id);
+            ids.push_back(106);
+            for (int id : t.encode("\n")) ids.push_back(id);
+            if (generate) ids.push_back(105);
+            if (generate)
+                for (int id : t.encode("model\n")) ids.push_back(id);
+            return ids;
+        };
+        CHECK(t.chat(chat_of("Hi"), false) == turn("Hi"));
+        CHECK(t.chat(chat_of("Hi"), true) == turn("Hi", true));
+        CHECK(t.chat(chat_of(" \n\t\v\f\r\x1c\x1d\x1e\x1f\u0085\u00a0\u1680\u2000\u200a\u2028\u2029"
+                             "\u202f\u205f\u3000Hi you\u3000\u00a0\u0085 "),
+                     true) == turn("Hi you", true));
+        CHECK(t.chat(chat_of("\u200bHi\ufeff"), false) == turn("\u200bHi\ufeff"));  // no spaces
+        CHECK(t.chat(chat_of(" \u3000 "), false) == turn(""));
+        CHECK(t.chat(chat_of(json::array()), false) == turn(""));
+        // A list of a system message: its first part; not trimmed, as the turn itself is.
+        const json parts = {{{"type", "text"}, {"text", " a "}}, {{"type", "text"}, {"text", "b"}}};
+        CHECK(t.chat({{{"role", "system"}, {"content", parts}},
+                      {{"role", "user"}, {"content", " Hi"}}},
+                     false) == turn(" a \n\nHi"));
+        CHECK(t.chat(chat_of(parts), false) == turn("ab"));
+    }
+}
+
+TEST_CASE("chat names what is wrong with messages") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const Tokenizer& t = *tokenizer;
+        const std::string alternate =
+            "Conversation roles must alternate user/assistant/user/assistant/...";
+        const json user = {{"role", "user"}, {"content", "x"}};
+        const auto with_role = [&](const char* role) {
+            return json{{"role", role}, {"content", "x"}};
+        };
+        CHECK(invalid(t, {user, user}) == alternate);
+        CHECK(invalid(t, json::array({with_role("assistant")})) == alternate);
+        CHECK(invalid(t, {user, with_role("assistant"), with_role("system")}) == alternate);
+        CHECK(invalid(t, {user, with_role("tool")}) == "");  // as the template
+        CHECK(invalid(t, json::array()) == "messages must be a list of at least one message");
+        CHECK(invalid(t, "text") == "messages must be a list of at least one message");
+        CHECK(invalid(t, nullptr) == "messages must be a list of at least one message");
+        for (const json& content : {json(), json(5), json(true), json::object()})
+            CHECK(invalid(t, chat_of(content)) == "Invalid content type");
+        CHECK(invalid(t, {{{"role", "user"}}}) == "Invalid content type");
+        CHECK(invalid(t, {{{"content", "x"}}}).find("messages[0]: role") == 0);
+        CHECK(invalid(t, {{{"role", 5}, {"content", "x"}}}).find("messages[0]: role") == 0);
+        CHECK(invalid(t, {user, 7}).find("messages[1]: role") == 0);
+        CHECK(invalid(t, chat_of(json::array({5}))).find("messages[0].content: type") == 0);
+        CHECK(invalid(t, chat_of({{{"type", "text"}}})).find("messages[0].content: text") == 0);
+        for (const json& content : {json(), json(5), json::array(), json{{{"type", "image"}}}})
+            CHECK(invalid(t, {{{"role", "system"}, {"content", content}}, user}) != "");
+        if (name == "demo")
+            CHECK(invalid(t, chat_of({{{"type", "image"}}})).find("no images") !=
+                  std::string::npos);
+    }
+}
+
+TEST_CASE("an image's newlines fuse with their neighbours") {
+    if (!gemma_vocabulary()) SKIP_BECAUSE(skip_reason);
+    const Tokenizer& t = *gemma_vocabulary();
+    const json image = {{"type", "image"}}, text = {{"type", "text"}, {"text", "x"}};
+    const Ids ids = t.chat(chat_of({text, image, image}), false);
+    CHECK(std::count(ids.begin(), ids.end(), 262144) == 512);
+    CHECK(std::count(ids.begin(), ids.end(), 110) == 1);  // "\n\n" of one and "\n\n" of the next
+    CHECK(Ids(ids.end() - 4, ids.end()) == Ids{256000, 108, 106, 107});
+}
+
+// [4] Text as it streams --------------------------------------------------------------------------
+
+TEST_CASE("what is not UTF-8 becomes U+FFFD, one for each maximal subpart") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const auto decoded = [&, t = tokenizer](const std::string& s) {
+            return decoded_bytes(*t, s);
+        };
+        const std::string bad = "\uFFFD";
+        for (const char* whole : {"a", "\u0080", "\u07ff", "\u0800", "\ud7ff", "\ue000", "\uffff",
+                                  "\U00010000", "\U0010ffff", "\u20ac\U0001F600z"})
+            CHECK(decoded(whole) == whole);
+        CHECK(decoded("\x80") == bad);
+        CHECK(decoded("\xff\xfe") == bad + bad);
+        CHECK(decoded("\xc0\x80") == bad + bad);                      // overlong
+        CHECK(decoded("\xe0\x9f\xbf") == bad + bad + bad);            // overlong
+        CHECK(decoded("\xf0\x8f\xbf\xbf") == bad + bad + bad + bad);  // overlong
+        CHECK(decoded("\xed\xa0\x80") == bad + bad + bad);            // surrogate
+        CHECK(decoded("\xf4\x90\x80\x80") == bad + bad + bad + bad);  // above U+10FFFF
+        CHECK(decoded("\xf5") == bad);
+        CHECK(decoded("\xe2\x82") == bad);         // cut off by the end
+        CHECK(decoded("\xf0\x9f\x98") == bad);     // cut off by the end
+        CHECK(decoded("\xe2\x82z") == bad + "z");  // cut off by another character
+        CHECK(decoded("\xe2\xe2\x82\xac") == bad + "\u20ac");
+        CHECK(decoded("\xf0\x9f\xc3\xa9") == bad + "\u00e9");
+        CHECK(decoded("\xe2\x82\xac\xff") == "\u20ac" + bad);
+    }
+}
+
+TEST_CASE("a character is held back until it is whole") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        Detokenizer stream(*tokenizer);
+        CHECK(stream.push(byte_id(0xF0)) == "");
+        CHECK(stream.push(byte_id(0x9F)) == "");
+        CHECK(stream.push(106) == "");  // adds nothing, breaks nothing
+        CHECK(stream.push(byte_id(0x98)) == "");
+        CHECK(stream.push(byte_id(0x80)) == "\U0001F600");
+        CHECK(stream.flush() == "");
+        CHECK(stream.push(byte_id(0xF0)) == "");
+        CHECK(stream.flush() == "\uFFFD");
+        CHECK(stream.flush() == "");
+        CHECK(stream.push(byte_id('a')) == "a");
+    }
+}
+
+TEST_CASE("random ids stream as they decode, valid at every push") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        const Tokenizer& t = *tokenizer;
+        std::mt19937 random(11);
+        int bad = 0, ids_pushed = 0;
+        for (int sequence = 0; sequence < 5000; ++sequence) {
+            Ids ids;
+            for (int i = 0; i < 20; ++i)  // half of them bytes, mostly those above ASCII
+                ids.push_back(random() % 2
+                                  ? int(random() % unsigned(t.size() + 10)) - 5
+                                  : byte_id(uint8_t(random() % 8 ? random() | 0x80 : random())));
+            bad += !streams_well(t, ids);
+            ids_pushed += int(ids.size());
+        }
+        std::printf("%s: %d random ids streamed\n", name.c_str(), ids_pushed);
+        CHECK(bad == 0);
+    }
+}
+
+TEST_CASE("text comes back") {
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        const Tokenizer& t = *tokenizer;
+        int cases = 0;
+        for (const json& c : golden("tokenizer.jsonl")) {
+            const auto text = c["text"].get<std::string>();
+            CAPTURE(name, text.substr(0, 100));
+            const Ids ids = t.encode(text);
+            if (text.find("\u2581") == text.npos) CHECK(t.decode(ids) == text);
+            CHECK(count_controls(t, ids) == 0);
+            CHECK(streams_well(t, ids));
+            ++cases;
+        }
+        std::printf("%s: %d texts encoded and decoded\n", name.c_str(), cases);
+    }
+}
+
+// [5] Size, threads, bad files --------------------------------------------------------------------
+
+TEST_CASE("a megabyte of anything is encoded") {
+    std::mt19937 random(3);
+    std::string noise;
+    while (noise.size() < 1 << 20) noise += char('a' + random() % 26);
+    for (const auto& [name, tokenizer] : vocabularies())
+        for (const std::string unit :
+             {"a", " ", "\n", "\U0001F600", "<", "hello ", "\u2581", "\x01", noise.c_str()}) {
+            std::string text;
+            while (text.size() < 1 << 20) text += unit;
+            const auto start = std::chrono::steady_clock::now();
+            const Ids ids = tokenizer->encode(text);
+            const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+            std::printf("%s: 1 MB of %-8s %7zu ids, %.2f s\n", name.c_str(),
+                        json(unit.substr(0, 6)).dump().c_str(), ids.size(), seconds.count());
+            CHECK(!ids.empty());
+            if (unit != "\u2581") CHECK(tokenizer->decode(ids) == text);
+        }
+}
+
+TEST_CASE("threads share a tokenizer") {
+    std::vector<std::string> texts;
+    for (const json& c : golden("tokenizer.jsonl")) texts.push_back(c["text"]);
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const auto work = [&texts, t = tokenizer](std::vector<Ids>& out) {
+            for (const std::string& text : texts) {
+                out.push_back(t->encode(text));
+                out.push_back(t->encode_with_controls(text));
+                out.push_back(t->chat(chat_of(text), true));
+            }
+        };
+        std::vector<Ids> alone;
+        work(alone);
+        std::vector<std::vector<Ids>> together(4);
+        std::vector<std::thread> threads;
+        for (auto& out : together) threads.emplace_back(work, std::ref(out));
+        for (std::thread& thread : threads) thread.join();
+        for (const auto& out : together) CHECK(out == alone);
+    }
+}
+
+TEST_CASE("a file that is no tokenizer of Gemma's family is refused in one line") {
+    const auto contains = [](const std::string& s, const char* part) {
+        return s.find(part) != s.npos;
+    };
+    const std::string demo = read_file(demo_file);
+    const auto edited = [&](const std::string& from, const std::string& to) {
+        std::string model = demo;
+        const size_t at = model.find(from);
+        REQUIRE(at != model.npos);
+        return complaint(model.replace(at, from.size(), to));
+    };
+    CHECK(complaint(demo) == "");
+    CHECK(contains(complaint(""), "expected Gemma's tokenizer.model"));
+    CHECK(contains(complaint("version https://git-lfs.github.com/spec/v1\n"),
+                   "no SentencePiece model"));
+    CHECK(contains(edited("<bos>", "<bot>"), "no piece <bos>"));
+    CHECK(contains(edited("<end_of_turn>", "<end_of_torn>"), "no piece <end_of_turn>"));
+    std::string swapped = demo;  // <pad> and <eos> in each other's place
+    swapped.replace(swapped.find("<pad>"), 5, "<xxx>").replace(swapped.find("<eos>"), 5, "<pad>");
+    CHECK(contains(complaint(swapped.replace(swapped.find("<xxx>"), 5, "<eos>")), "<pad> at id 1"));
+    // normalizer_spec ends the file: add_dummy_prefix (18), remove_extra_whitespaces (20), both off
+    CHECK(contains(edited(std::string("\x18\0\x20\0", 4), std::string("\x18\1\x20\0", 4)),
+                   "changed"));
+    CHECK(contains(edited(std::string("\x18\0\x20\0", 4), std::string("\x18\0\x20\1", 4)),
+                   "changed"));
+
+    const auto message_for = [](const std::string& file) -> std::string {
+        try {
+            Tokenizer t(file);
+        } catch (const gemma::Error& e) {
+            return e.what();
+        }
+        return "";
+    };
+    CHECK(contains(message_for("/nowhere/tokenizer.model"),
+                   "/nowhere/tokenizer.model: No such file"));
+    CHECK(contains(message_for(repository.string()), "directory"));
+    CHECK(contains(message_for("/dev/zero"), "expected Gemma's tokenizer.model"));
+    const auto sparse = scratch_file("");
+    std::filesystem::resize_file(sparse, 1ull << 40);  // no byte of it is on the disk
+    CHECK(contains(message_for(sparse.string()), "more than 64 MiB"));
+    std::filesystem::remove(sparse);
+}
+
+TEST_CASE("damaged files are refused or load, and never crash") {
+    const std::string demo = read_file(demo_file);
+    std::mt19937 random(5);
+    int loaded = 0, refused = 0;
+    const auto count = [&](const std::string& content) {
+        ++(complaint(content).empty() ? loaded : refused);
+    };
+    for (int i = 0; i < 150; ++i) count(demo.substr(0, random() % demo.size()));
+    CHECK(loaded < 150);
+    for (int i = 0; i < 700; ++i) {  // half of the flips in the head, with the control pieces
+        std::string flipped = demo;
+        const size_t bytes = i % 2 ? demo.size() : std::min<size_t>(demo.size(), 3000);
+        flipped[random() % bytes] ^= char(1 << random() % 8);
+        count(flipped);
+    }
+    std::printf("damaged files: %d refused, %d loaded\n", refused, loaded);
+    CHECK(refused > 100);
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// tokenizer.cpp: text <-> ids by libsentencepiece, Gemma's chat template, and text as it streams.
+// A Tokenizer is const, so threads share it. Rules:
+//   - A control id (turn, image, <bos>, ...) gets into a prompt in two ways only: chat() puts it
+//     there, or encode_with_controls() finds it written out in a raw prompt. In text that is
+//     encoded the control pieces are out of SentencePiece's reach: no user can forge a turn.
+//   - The text between two control ids is encoded in one call, because newlines fuse: "user\n" and
+//     "\nHi" have other ids together than one by one.
+//   - Long text is not cut up: SentencePiece keeps its pairs in a heap, n log n.
+#include "gemma.h"
+
+#include <filesystem>
+#include <fstream>
+
+#include <nlohmann/json.hpp>
+#include <sentencepiece_processor.h>
+
+namespace gemma {
+
+using nlohmann::json;
+using std::string_view;
+
+// [1] The model file ------------------------------------------------------------------------------
+
+// The first four are their own ids. The soft token, of which an image takes 256, never is a piece:
+// it is the id after the last one, in a vocabulary that has image pieces.
+enum { pad, eos, bos, unk, start_of_turn, end_of_turn, start_of_image, end_of_image, soft_token };
+// clang-format off
+constexpr string_view literals[] = {
+    "<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>",
+    "<start_of_image>", "<end_of_image>", "<image_soft_token>"};
+// clang-format on
+
+// In Gemma's file <start_of_turn> and others are user-defined pieces (type 4), which match in any
+// text; control pieces (3) match in none. The file is a protobuf message and holds a piece as
+//     0A size name   15 score(4 bytes)   18 type
+static void make_control(std::string& model, string_view name) {
+    const std::string head = std::string("\x0A") + char(name.size()) + std::string(name) + "\x15";
+    const size_t found = model.find(head), type = found + head.size() + 4;
+    if (found != model.npos && model.find("\x18\x04", type) == type) model[type + 1] = 3;
+}
+
+// What a piece adds to decoded text.
+static std::string text_of(const sentencepiece::SentencePieceProcessor& processor, int id) {
+    if (processor.IsControl(id) || processor.IsUnknown(id)) return "";
+    std::string s = processor.IdToPiece(id);
+    if (processor.IsByte(id)) return {char(std::stoi(s.substr(3), nullptr, 16))};  // <0xE2>
+    for (size_t at = 0; (at = s.find("\u2581", at)) != s.npos; ++at) s.replace(at, 3, " ");
+    return s;
+}
+
+struct Tokenizer::Pieces {
+    sentencepiece::SentencePieceProcessor processor;
+    std::vector<std::string> text;  // [size]
+    std::vector<int> controls;      // [literals] ids, -1: not in this vocabulary
+};
+
+Tokenizer::Tokenizer(const std::string& file) : pieces(std::make_unique<Pieces>()) {
+    const auto require = [&](bool good, const std::string& found) {
+        if (!good) throw Error(file + ": " + found + ", expected Gemma's tokenizer.model");
+    };
+    std::error_code error;
+    const uintmax_t bytes = std::filesystem::file_size(file, error);  // regular files have one
+    require(!error, error.message());
+    require(bytes <= 64 << 20, "more than 64 MiB");  // Gemma's has 4.5
+    std::string model(bytes, '\0');
+    std::ifstream in(file, std::ios::binary);
+    require(bool(in.read(model.data(), std::streamsize(bytes))), "cannot be read");
+
+    auto& [processor, texts, controls] = *pieces;
+    for (string_view literal : literals) make_control(model, literal);
+    const auto status = processor.LoadFromSerializedProto(model);
+    require(status.ok(), "no SentencePiece model (" + status.ToString() + ")");
+    for (int id = 0; id < processor.GetPieceSize(); ++id) texts.push_back(text_of(processor, id));
+    for (int i = pad; i < soft_token; ++i) {
+        const std::string name(literals[i]);
+        const int id = processor.PieceToId(name);  // <unk>'s for what is no piece
+        controls.push_back(processor.IdToPiece(id) == name ? id : -1);
+        require(controls[i] >= 0 || i > end_of_turn, "no piece " + name);
+        require(id == i || i > unk, text("%s at id %d, not %d", name.c_str(), id, i));
+        require(texts[id].empty(), name + " as ordinary text");
+    }
+    controls.push_back(controls[start_of_image] < 0 || controls[end_of_image] < 0 ? -1 : size());
+    // Spaces in front, within and behind, both forms of a letter, a ligature, one without a piece.
+    const std::string probe = "  \u00e9e\u0301  \ufb01\u3000\U000F0000\r\n ";
+    require(decode(encode(probe)) == probe, "text that comes back changed");
+}
+
+Tokenizer::~Tokenizer() = default;
+int Tokenizer::size() const { return static_cast<int>(pieces->text.size()); }
+
+// [2] Text to ids ---------------------------------------------------------------------------------
+
+std::vector<int> Tokenizer::encode(string_view plain) const {
+    std::vector<int> ids;
+    const auto status = pieces->processor.Encode(plain, &ids);
+    if (!status.ok()) throw std::runtime_error("SentencePiece: " + status.ToString());
+    return ids;
+}
+
+namespace {
+// A prompt being written: ids, and the text since the last control id.
+struct Prompt {
+    const Tokenizer& tokenizer;
+    const std::vector<int>& controls;
+    std::string text{};
+    std::vector<int> ids{};
+
+    std::vector<int>& encode_text() {
+        const std::vector<int> more = tokenizer.encode(std::exchange(text, {}));
+        ids.insert(ids.end(), more.begin(), more.end());
+        return ids;
+    }
+    void mark(size_t control, const std::string& then = {}, size_t times = 1) {
+        encode_text().insert(ids.end(), times, controls[control]);
+        text = then;
+    }
+};
+}  // namespace
+
+std::vector<int> Tokenizer::encode_with_controls(string_view raw) const {
+    Prompt prompt{*this, pieces->controls};
+    size_t start = 0;  // of what is not in the prompt yet
+    for (size_t at = 0; (at = raw.find('<', at)) != raw.npos; ++at)
+        for (size_t i = 0; i < std::size(literals); ++i) {
+            if (pieces->controls[i] < 0 || !raw.substr(at).starts_with(literals[i])) continue;
+            prompt.text = raw.substr(start, at - start);
+            prompt.mark(i);
+            start = at + literals[i].size();
+        }
+    prompt.text = raw.substr(start);
+    return prompt.encode_text();
+}
+
+// Python's str.strip(), which the template calls: all white space of Unicode.
+static string_view trim(string_view s) {
+    constexpr string_view spaces =
+        " \t\n\v\f\r\x1c\x1d\x1e\x1f\u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+        "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000";
+    size_t begin = s.size(), end = 0;  // of what is left
+    for (size_t at = 0, next; at < s.size(); at = next) {
+        for (next = at + 1; next < s.size() && (s[next] & 0xC0) == 0x80;) ++next;
+        if (spaces.find(s.substr(at, next - at)) != spaces.npos) continue;
+        begin = std::min(begin, at);
+        end = next;
+    }
+    return s.substr(begin, end - begin);
+}
+
+static const std::string& string_in(const json& object, const char* key, const std::string& where) {
+    if (object.is_object() && object.contains(key) && object[key].is_string())
+        return object[key].get_ref<const std::string&>();
+    throw std::invalid_argument(where + ": " + key + " must be a string");
+}
+
+static void write_content(Prompt& prompt, const json& content, const std::string& where) {
+    if (content.is_string()) prompt.text += trim(content.get_ref<const std::string&>());
+    if (!content.is_string() && !content.is_array())
+        throw std::invalid_argument("Invalid content type");
+    for (size_t i = 0; content.is_array() && i < content.size(); ++i) {
+        const std::string& type = string_in(content[i], "type", where);
+        if (type == "text") prompt.text += trim(string_in(content[i], "text", where));
+        if (type != "image") continue;  // the template passes over other parts
+        if (prompt.controls[soft_token] < 0)
+            throw std::invalid_argument(where + ": this model's vocabulary has no images");
+        prompt.text += "\n\n";
+        prompt.mark(start_of_image);
+        prompt.mark(soft_token, "", 256);
+        prompt.mark(end_of_image, "\n\n");
+    }
+}
+
+std::vector<int> Tokenizer::chat(const json& messages, bool add_generation_prompt) const {
+    if (!messages.is_array() || messages.empty())
+        throw std::invalid_argument("messages must be a list of at least one message");
+    Prompt prompt{*this, pieces->controls};
+    prompt.mark(gemma::bos);
+    std::string prefix;
+    const size_t first = string_in(messages[0], "role", "messages[0]") == "system";
+    if (first) {  // no turn of its own: it opens the next one, untrimmed, and its first part only
+        const json content = messages[0].value("content", json());
+        const bool list = content.is_array() && !content.empty();
+        prefix = list ? string_in(content[0], "text", "messages[0].content")
+                      : string_in(messages[0], "content", "messages[0]");
+        prefix += "\n\n";
+    }
+    for (size_t i = first; i < messages.size(); ++i, prefix.clear()) {
+        const std::string where = text("messages[%zu]", i);
+        const std::string& role = string_in(messages[i], "role", where);
+        if ((role == "user") != ((i - first) % 2 == 0))
+            throw std::invalid_argument(
+                "Conversation roles must alternate user/assistant/user/assistant/...");
+        prompt.mark(start_of_turn, (role == "assistant" ? "model" : role) + "\n" + prefix);
+        write_content(prompt, messages[i].value("content", json()), where + ".content");
+        prompt.mark(end_of_turn, "\n");
+    }
+    if (add_generation_prompt) prompt.mark(start_of_turn, "model\n");
+    return prompt.encode_text();
+}
+
+// [3] Ids to text ---------------------------------------------------------------------------------
+
+string_view Tokenizer::bytes(int id) const {
+    return id >= 0 && id < size() ? string_view(pieces->text[id]) : string_view();
+}
+
+string_view Tokenizer::name(int id) const {
+    return id >= 0 && id < size() ? string_view(pieces->processor.IdToPiece(id)) : string_view();
+}
+
+std::string Tokenizer::decode(const std::vector<int>& ids) const {
+    Detokenizer stream(*this);
+    std::string out;
+    for (int id : ids) out += stream.push(id);
+    return out += stream.flush();
+}
+
+// How many bytes the character has that begins with this one; 0: none begins so.
+static size_t character_size(uint8_t lead) {
+    if (lead < 0xC2 || lead > 0xF4) return lead < 0x80 ? 1 : 0;
+    return lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+}
+
+// Can `next` follow the first bytes of a character? The second byte's range is narrower where the
+// character would be overlong, a surrogate or above U+10FFFF.
+static bool continues(string_view first, uint8_t next) {
+    const uint8_t lead = first.size() == 1 ? first[0] : 0;
+    const uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    const uint8_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    return low <= next && next <= high;
+}
+
+// One U+FFFD stands for as many bytes as began a character, else for one byte: Unicode's "maximal
+// subparts", Python's errors="replace".
+std::string Detokenizer::push(int id) {
+    std::string out;
+    for (char c : tokenizer.bytes(id)) {
+        if (!held.empty() && !continues(held, c)) out += flush();
+        held += c;
+        const size_t size = character_size(held[0]);
+        if (size == 0) out += flush();
+        if (size == held.size()) out += std::exchange(held, {});
+    }
+    return out;
+}
+
+std::string Detokenizer::flush() { return std::exchange(held, {}).empty() ? "" : "\uFFFD"; }
+
+}  // namespace gemma
