@@ -25,6 +25,7 @@
 #include <ctime>
 #include <deque>
 #include <fstream>
+#include <future>
 #include <limits>
 #include <list>
 #include <map>
@@ -579,8 +580,12 @@ void assign(T& out, const Field<T>& field, const json& value) {
                 need(yes || value == "false" || number == 0, "true or false");
                 out.*member = yes;
             } else if constexpr (std::is_same_v<M, int64_t T::*>) {
-                need(in_range && number == std::floor(number), "an integer" + range);
-                // A double holds 53 bits, a seed may have 63.
+                // 2^63 is the first double, and the first uint64, that is too large.
+                const bool fits =
+                    number == std::floor(number) && number >= -0x1p63 &&
+                    (value.is_number_unsigned() ? value.get<uint64_t>() <= uint64_t(INT64_MAX)
+                                                : number < 0x1p63);
+                need(in_range && fits, "an integer" + range);
                 out.*member = value.is_number_integer() ? value.get<int64_t>() : int64_t(number);
             } else if constexpr (std::is_same_v<M, double T::*>) {
                 need(in_range && !value.is_boolean(), "a number" + range);
@@ -622,9 +627,9 @@ struct App {
     Options options;
     std::mutex mutex;
     std::condition_variable changed;
-    bool ready = false, leaving = false;  // guarded by mutex, as are the next two
+    bool ready = false, leaving = false;  // guarded by mutex, as are the next three
     int in_flight = 0;
-    std::mt19937_64 seeds;
+    std::mt19937_64 seeds, ids{std::random_device{}()};
     int max_model_len = 0;
     std::optional<Checkpoint> checkpoint;
     std::optional<Tokenizer> tokenizer;
@@ -639,13 +644,29 @@ struct App {
         std::unique_lock lock(mutex);
         return changed.wait_for(lock, at_most, until);
     }
-    void wait_until_ready() {
-        wait([&] { return ready || leaving; });
-        if (change([&] { return leaving; })) throw Refusal{503, "the server is leaving", ""};
-    }
     uint64_t draw_seed() {
         return change([&] { return seeds(); });
     }
+    std::string draw_hex() {  // 32 digits, for ids
+        return change([&] { return text("%016lx%016lx", long(ids()), long(ids())); });
+    }
+};
+
+// A request that is being answered. It waits for the model; when the server leaves, it is refused,
+// and those that are inside are waited for.
+struct Visit {
+    App& app;
+    explicit Visit(App& a) : app(a) {
+        app.wait([&] { return app.ready || app.leaving; });
+        app.change([&] {
+            if (app.leaving) throw Refusal{503, "the server is shutting down", ""};
+            app.in_flight++;
+        });
+    }
+    ~Visit() {
+        app.change([&] { app.in_flight--; });
+    }
+    Visit(const Visit&) = delete;
 };
 
 struct Request {
@@ -671,7 +692,7 @@ const RequestFields common_fields{
     {"top_p", &Request::top_p, above_zero, 1},
     {"top_k", &Request::top_k, -1, 1e9},
     {"min_p", &Request::min_p, 0, 1},
-    {"seed", &Request::seed, double(INT64_MIN), double(INT64_MAX)},
+    {"seed", &Request::seed, -0x1p63, 0x1p63},
     {"n", &Request::n, 1, 128},
     {"stop", &Request::stop, 0, 16},
     {"ignore_eos", &Request::ignore_eos},
@@ -736,40 +757,48 @@ int check_token(const App& app, const json& id, const char* param) {
            show(id).c_str(), V - 1);
 }
 
+std::vector<int> encode_prompt(const App& app, const std::string& prompt, bool add_bos) {
+    std::vector<int> ids = app.tokenizer->encode_with_controls(prompt);
+    if (add_bos) ids.insert(ids.begin(), Tokenizer::bos);
+    for (const int id : ids) check_token(app, id, "prompt");
+    return ids;
+}
+
 // A string, a list of strings, a list of ids, or a list of lists of ids.
 std::vector<std::vector<int>> parse_prompts(const App& app, const json& body) {
     const json prompt = body.value("prompt", json());
-    const bool single =
-        prompt.is_string() || (prompt.is_array() && !prompt.empty() && prompt[0].is_number());
-    const json list = single ? json::array({prompt}) : prompt;
-    if (!list.is_array() || list.empty() || list.size() > 64) {
-        refuse(
-            "prompt",
-            "prompt must be a string, a list of token ids, or a list of 1 to 64 of these, got %s",
-            show(prompt).c_str());
-    }
+    const bool ids = prompt.is_array() && !prompt.empty() && prompt[0].is_number();
+    const json list = ids || prompt.is_string() ? json::array({prompt}) : prompt;
+    const auto need = [&](bool met) {
+        if (met) return;
+        refuse("prompt", "prompt must be text, a list of token ids, or 1 to 64 of these, got %s",
+               show(prompt).c_str());
+    };
+    need(list.is_array() && !list.empty() && list.size() <= 64);
     std::vector<std::vector<int>> prompts;
     for (const json& one : list) {
-        prompts.emplace_back();
-        if (one.is_string()) {
-            prompts.back() = app.tokenizer->encode_with_controls(one.get_ref<const std::string&>());
-            prompts.back().insert(prompts.back().begin(), Tokenizer::bos);
-            for (const int id : prompts.back()) check_token(app, id, "prompt");
-        } else {
-            if (!one.is_array() || one.empty())
-                refuse("prompt",
-                       "prompt: a list of at least one token id, or a string, is needed, got %s",
-                       show(one).c_str());
-            for (const json& id : one) prompts.back().push_back(check_token(app, id, "prompt"));
+        need(one.is_string() || (one.is_array() && !one.empty()));
+        auto& to = prompts.emplace_back();
+        if (one.is_string()) to = encode_prompt(app, one.get_ref<const std::string&>(), true);
+        if (one.is_array()) {
+            for (const json& id : one) to.push_back(check_token(app, id, "prompt"));
         }
     }
     return prompts;
 }
 
 std::vector<int> parse_messages(const App& app, const json& body, bool add_generation_prompt) try {
-    auto ids = app.tokenizer->chat(body.value("messages", json()), add_generation_prompt);
-    for (const int id : ids) check_token(app, id, "messages");
-    return ids;
+    const json messages = body.value("messages", json());
+    for (const json& message : messages) {
+        const json content = message.is_object() ? message.value("content", json()) : json();
+        for (const json& part : content.is_array() ? content : json::array()) {
+            const json type = part.is_object() ? part.value("type", json()) : json();
+            if (type == "text") continue;
+            refuse("messages", "only text is served: a part of a content has the type %s",
+                   show(type).c_str());
+        }
+    }
+    return app.tokenizer->chat(messages, add_generation_prompt);
 } catch (const std::invalid_argument& e) {
     refuse("messages", "%s", e.what());
 }
@@ -781,20 +810,21 @@ void check_model(const App& app, const std::string& model) {
 }
 
 // In vLLM's words, which clients search for.
-void check_length(const App& app, const Request& r, size_t prompt) {
-    const long most = app.max_model_len, p = long(prompt), m = long(r.max_tokens);
-    if (m < 0 ? p < most : p + m <= most) return;
-    const std::string head = text(
-        "This model's maximum context length is %ld tokens. However, you "
-        "requested %ld tokens (",
-        most, p + std::max(0L, m));
-    if (m < 0)
-        refuse("messages", "%s%ld in the messages). Please reduce the length of the messages.",
-               head.c_str(), p);
+void check_length(const App& app, const Request& r, size_t size) {
+    const long most = app.max_model_len, prompt = long(size), asked = long(r.max_tokens);
+    if (asked < 0 ? prompt < most : prompt + asked <= most) return;
+    const std::string head =
+        text("This model's maximum context length is %ld tokens. However, ", most);
+    if (asked < 0) {
+        refuse(
+            "messages",
+            "%syou requested %ld tokens in the messages, Please reduce the length of the messages.",
+            head.c_str(), prompt);
+    }
     refuse("max_tokens",
-           "%s%ld in the messages, %ld in the completion). Please reduce the length of the "
-           "messages or completion.",
-           head.c_str(), p, m);
+           "%syou requested %ld tokens (%ld in the messages, %ld in the completion). Please reduce "
+           "the length of the messages or completion.",
+           head.c_str(), prompt + asked, prompt, asked);
 }
 
 Request parse_request(const App& app, const json& body, bool chat) {
@@ -805,15 +835,15 @@ Request parse_request(const App& app, const json& body, bool chat) {
     assign_all(r, common_fields, body);
     assign_all(r, chat ? chat_fields : completion_fields, body);
     check_offered(body);
-    const json stream_options = body.value("stream_options", json());
-    if (!stream_options.is_null() && !r.stream)
+    const json options = body.value("stream_options", json());
+    r.include_usage = options.is_object();
+    if (!options.is_null() && !r.stream) {
         refuse("stream_options", "Stream options can only be defined when `stream=True`.");
-    if (!stream_options.is_null() && !stream_options.is_object())
-        refuse("stream_options", "stream_options must be an object, got %s",
-               show(stream_options).c_str());
-    r.include_usage = stream_options.is_object();
-    if (r.include_usage)
-        assign_all(r, stream_fields, stream_options), check_offered(stream_options);
+    }
+    if (!options.is_null() && !options.is_object()) {
+        refuse("stream_options", "stream_options must be an object, got %s", show(options).c_str());
+    }
+    if (r.include_usage) assign_all(r, stream_fields, options), check_offered(options);
     check_model(app, r.model);
     if (r.model.empty()) r.model = app.options.served_model_name[0];
     if (chat && r.top_logprobs >= 0 && !r.chat_logprobs)
@@ -823,10 +853,8 @@ Request parse_request(const App& app, const json& body, bool chat) {
     if (r.temperature == 0 && r.n > 1)
         refuse("n", "n must be 1 when using greedy sampling, got %d.", int(r.n));
     if (!chat && r.max_tokens < 0) r.max_tokens = 16;
-    if (chat)
-        r.prompts.push_back(parse_messages(app, body, true));
-    else
-        r.prompts = parse_prompts(app, body);
+    if (chat) r.prompts.push_back(parse_messages(app, body, true));
+    if (!chat) r.prompts = parse_prompts(app, body);
     for (const auto& prompt : r.prompts) check_length(app, r, prompt.size());
     if (int64_t(r.prompts.size()) * r.n > 128)
         refuse("n", "prompts times n must be at most 128, got %zu x %d", r.prompts.size(),
@@ -871,19 +899,19 @@ std::vector<std::shared_ptr<Sequence>> make_sequences(App& app, const Request& r
 // compared with vLLM's, key for key.
 class Answer {
   public:
-    Answer(App& a, Request r)
-        : app(a), request(std::move(r)), sequences(make_sequences(a, request)) {
-        id = text("%s-%016lx%016lx", request.chat ? "chatcmpl" : "cmpl", long(app.draw_seed()),
-                  long(app.draw_seed()));
+    Answer(std::shared_ptr<Visit> v, Request r)
+        : visit(std::move(v)), request(std::move(r)), sequences(make_sequences(app, request)) {
         for (const auto& prompt : request.prompts) prompt_tokens += int(prompt.size());
-        app.change([&] { app.in_flight++; });
         app.engine->post(sequences);
     }
     ~Answer() {
         for (const auto& s : sequences) s->cancelled = true;
-        app.change([&] { app.in_flight--; });
     }
     Answer(const Answer&) = delete;
+
+    const char* content_type() const {
+        return request.stream ? "text/event-stream; charset=utf-8" : "application/json";
+    }
 
     // Called again and again by the HTTP library until the answer is done; false: the client left.
     bool pump(httplib::DataSink& sink) {
@@ -891,11 +919,9 @@ class Answer {
         std::string out;
         if (request.stream && request.chat && !started) {
             for (size_t i = 0; i < choices.size(); i++) {
-                event(
-                    out,
-                    text(
-                        R"({"index":%zu,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null})",
-                        i));
+                event(out, text(R"({"index":%zu,"delta":{"role":"assistant","content":""},)"
+                                R"("logprobs":null,"finish_reason":null})",
+                                i));
             }
         }
         started = true;
@@ -1033,9 +1059,9 @@ class Answer {
     }
 
     std::string usage() const {
-        return text(
-            R"({"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,"prompt_tokens_details":null})",
-            prompt_tokens, prompt_tokens + completion_tokens, completion_tokens);
+        return text(R"({"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,)"
+                    R"("prompt_tokens_details":null})",
+                    prompt_tokens, prompt_tokens + completion_tokens, completion_tokens);
     }
 
     std::string envelope(const char* object, const std::string& list) const {
@@ -1058,14 +1084,15 @@ class Answer {
                R"(,"usage":)" + usage() + (request.chat ? R"(,"prompt_logprobs":null})" : "}");
     }
 
-    App& app;
+    const std::shared_ptr<Visit> visit;
+    App& app = visit->app;
     const Request request;
     const std::vector<std::shared_ptr<Sequence>> sequences;
     std::vector<Choice> choices = std::vector<Choice>(sequences.size(), Choice(*app.tokenizer));
     size_t unfinished = sequences.size();
     int prompt_tokens = 0, completion_tokens = 0;
     bool started = false;
-    std::string id;
+    const std::string id = (request.chat ? "chatcmpl-" : "cmpl-") + app.draw_hex();
     const long created = std::time(nullptr);
 };
 
@@ -1089,15 +1116,19 @@ void reply_error(httplib::Response& res, const Refusal& r) {
         r.status);
 }
 
-void generate(App& app, const json& body, bool chat, httplib::Response& res) {
-    Request request = parse_request(app, body, chat);
-    const char* type = request.stream ? "text/event-stream; charset=utf-8" : "application/json";
-    const auto answer = std::make_shared<Answer>(app, std::move(request));
+// A handler gets what it needs to answer, and throws a Refusal when it will not.
+using Handler = void (*)(const std::shared_ptr<Visit>&, const json& body, httplib::Response&);
+
+template <bool chat>
+void generate(const std::shared_ptr<Visit>& visit, const json& body, httplib::Response& res) {
+    const auto answer = std::make_shared<Answer>(visit, parse_request(visit->app, body, chat));
     res.set_chunked_content_provider(
-        type, [answer](size_t, httplib::DataSink& sink) { return answer->pump(sink); });
+        answer->content_type(),
+        [answer](size_t, httplib::DataSink& sink) { return answer->pump(sink); });
 }
 
-void tokenize(App& app, const json& body, httplib::Response& res) {
+void tokenize(const std::shared_ptr<Visit>& visit, const json& body, httplib::Response& res) {
+    const App& app = visit->app;
     const bool chat = body.contains("messages");
     Request r;
     r.add_special_tokens = !chat;
@@ -1106,80 +1137,69 @@ void tokenize(App& app, const json& body, httplib::Response& res) {
     const json prompt = body.value("prompt", json());
     if (!chat && !prompt.is_string())
         refuse("prompt", "prompt must be a string, got %s", show(prompt).c_str());
-    std::vector<int> ids =
-        chat ? parse_messages(app, body, r.add_generation_prompt)
-             : app.tokenizer->encode_with_controls(prompt.get_ref<const std::string&>());
-    if (r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);
+    auto ids = chat
+                   ? parse_messages(app, body, r.add_generation_prompt)
+                   : encode_prompt(app, prompt.get_ref<const std::string&>(), r.add_special_tokens);
+    if (chat && r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);
     reply(res, {{"count", ids.size()}, {"max_model_len", app.max_model_len}, {"tokens", ids}});
 }
 
-void detokenize(App& app, const json& body, httplib::Response& res) {
+void detokenize(const std::shared_ptr<Visit>& visit, const json& body, httplib::Response& res) {
     Request r;
     assign_all(r, tokenize_fields, body);
-    check_model(app, r.model);
+    check_model(visit->app, r.model);
     const json tokens = body.value("tokens", json());
     if (!tokens.is_array())
         refuse("tokens", "tokens must be a list of token ids, got %s", show(tokens).c_str());
     std::vector<int> ids;
-    for (const json& id : tokens) ids.push_back(check_token(app, id, "tokens"));
-    reply(res, {{"prompt", app.tokenizer->decode(ids)}});
+    for (const json& id : tokens) ids.push_back(check_token(visit->app, id, "tokens"));
+    reply(res, {{"prompt", visit->app.tokenizer->decode(ids)}});
 }
 
-void list_models(App& app, httplib::Response& res) {
-    const long now = std::time(nullptr);
-    ordered data = ordered::array();
+void list_models(const std::shared_ptr<Visit>& visit, const json&, httplib::Response& res) {
+    App& app = visit->app;
+    ordered list = ordered::parse(R"({"object":"list","data":[]})");
     for (const std::string& name : app.options.served_model_name) {
-        ordered permission = ordered::parse(R"({"id":"","object":"model_permission","created":0,
-            "allow_create_engine":false,"allow_sampling":true,"allow_logprobs":true,
-            "allow_search_indices":false,"allow_view":true,"allow_fine_tuning":false,
-            "organization":"*","group":null,"is_blocking":false})");
-        permission["id"] =
-            text("modelperm-%016lx%016lx", long(app.draw_seed()), long(app.draw_seed()));
-        permission["created"] = now;
-        data.push_back({{"id", name},
-                        {"object", "model"},
-                        {"created", now},
-                        {"owned_by", "vllm"},
-                        {"root", app.options.model},
-                        {"parent", nullptr},
-                        {"max_model_len", app.max_model_len},
-                        {"permission", {permission}}});
+        ordered model = ordered::parse(R"({"id":0,"object":"model","created":0,"owned_by":"vllm",
+            "root":0,"parent":null,"max_model_len":0,"permission":[{"id":0,
+            "object":"model_permission","created":0,"allow_create_engine":false,
+            "allow_sampling":true,"allow_logprobs":true,"allow_search_indices":false,
+            "allow_view":true,"allow_fine_tuning":false,"organization":"*","group":null,
+            "is_blocking":false}]})");
+        ordered& permission = model["permission"][0];
+        model["id"] = name, model["root"] = app.options.model;
+        model["max_model_len"] = app.max_model_len;
+        model["created"] = permission["created"] = std::time(nullptr);
+        permission["id"] = "modelperm-" + app.draw_hex();
+        list["data"].push_back(model);
     }
-    reply(res, {{"object", "list"}, {"data", data}});
+    reply(res, list);
 }
 
 void add_routes(httplib::Server& server, App& app) {
     using In = const httplib::Request&;
     using Out = httplib::Response&;
-    const auto post = [&](const char* path, auto handler) {
-        server.Post(path, [&app, handler](In req, Out res) {
+    const auto route = [&](Handler handler, bool has_body) {
+        return [&app, handler, has_body](In req, Out res) {
             try {
-                if (!req.get_header_value("Content-Type").starts_with("application/json"))
+                const std::string type = req.get_header_value("Content-Type");
+                if (has_body && !type.starts_with("application/json"))
                     refuse("", "Unsupported Media Type: Only 'application/json' is allowed");
-                const json body = parse_body(req.body);
-                app.wait_until_ready();
-                handler(body, res);
+                const json body = has_body ? parse_body(req.body) : json();
+                handler(std::make_shared<Visit>(app), body, res);
             } catch (const Refusal& r) {
                 reply_error(res, r);
             }
-        });
+        };
     };
-    post("/v1/completions", [&](const json& body, Out res) { generate(app, body, false, res); });
-    post("/v1/chat/completions",
-         [&](const json& body, Out res) { generate(app, body, true, res); });
-    post("/tokenize", [&](const json& body, Out res) { tokenize(app, body, res); });
-    post("/detokenize", [&](const json& body, Out res) { detokenize(app, body, res); });
+    server.Post("/v1/completions", route(generate<false>, true));
+    server.Post("/v1/chat/completions", route(generate<true>, true));
+    server.Post("/tokenize", route(tokenize, true));
+    server.Post("/detokenize", route(detokenize, true));
+    server.Get("/v1/models", route(list_models, false));
     server.Get("/version", [](In, Out res) { reply(res, {{"version", GEMMA_VERSION}}); });
     server.Get("/health", [&](In, Out res) {
         res.status = app.change([&] { return app.ready && !app.leaving; }) ? 200 : 503;
-    });
-    server.Get("/v1/models", [&](In, Out res) {
-        try {
-            app.wait_until_ready();
-            list_models(app, res);
-        } catch (const Refusal& r) {
-            reply_error(res, r);
-        }
     });
 }
 
@@ -1192,16 +1212,14 @@ void configure(httplib::Server& server) {
     });
     server.set_error_handler([](const httplib::Request& req, httplib::Response& res) {
         if (!res.body.empty() || req.path == "/health") return;
-        reply_error(res, {res.status,
-                          res.status == 413
-                              ? "the body is larger than 4 MiB"
-                              : req.method + " " + req.path.substr(0, 100) + " is not served here",
-                          ""});
+        const std::string what = req.method + " " + req.path.substr(0, 100);
+        const bool large = res.status == 413;
+        reply_error(res,
+                    {res.status, large ? "the body is over 4 MiB" : what + " is not served", ""});
     });
-    server.set_exception_handler(
-        [](const httplib::Request&, httplib::Response& res, std::exception_ptr) {
-            reply_error(res, {500, "internal error", ""});
-        });
+    server.set_exception_handler([](const auto&, httplib::Response& res, std::exception_ptr) {
+        reply_error(res, {500, "internal error", ""});
+    });
     server.set_payload_max_length(4 << 20);
     server.set_keep_alive_max_count(1);  // a thread serves one connection: none idles in it
     server.set_tcp_nodelay(true);
@@ -1211,93 +1229,73 @@ void configure(httplib::Server& server) {
 // [8] main ----------------------------------------------------------------------------------------
 
 const std::vector<Field<Options>> flags{
-    {"model", &Options::model, 0, 0,
-     "directory, or ORGANISATION/NAME in the Hugging Face cache; also as the first argument"},
-    {"served-model-name", &Options::served_model_name, 0, 100,
-     "names that requests may give, the first by default (the model)"},
+    {"model", &Options::model, 0, 0, "directory, or ORGANISATION/NAME in the Hugging Face cache"},
+    {"served-model-name", &Options::served_model_name, 0, 100, "what requests may call it (model)"},
     {"host", &Options::host, 0, 0, "address to listen on (0.0.0.0)"},
-    {"port", &Options::port, 0, 65535, "port to listen on, 0 for a free one (8000, or $PORT)"},
+    {"port", &Options::port, 0, 65535, "port to listen on, 0: any free one ($PORT, or 8000)"},
     {"max-model-len", &Options::max_model_len, 1, 131072,
-     "most tokens of a prompt and its answer; 8k is 8000, 8K 8192 (the model's, or what memory "
-     "allows, or $MAX_MODEL_LEN)"},
+     "most tokens of prompt and answer, as 8192, 8k or 8K ($MAX_MODEL_LEN, or what fits)"},
     {"max-num-seqs", &Options::max_num_seqs, 1, 4096, "most sequences in a step (256)"},
     {"max-num-batched-tokens", &Options::max_num_batched_tokens, 1, 1 << 20,
-     "most tokens in a step (32 a core on the CPU)"},
+     "most tokens in a step (32 a core)"},
     {"num-gpu-blocks-override", &Options::pages, 1, 1 << 26,
-     "pages in each of the two pools (what memory allows)"},
-    {"seed", &Options::seed, double(INT64_MIN), double(INT64_MAX),
-     "of the draws of requests without a seed (0)"},
+     "pages of 32 tokens in each of the two pools (what memory allows)"},
+    {"seed", &Options::seed, -0x1p63, 0x1p63, "of requests that bring none (0)"},
     {"device", &Options::device, 0, 0, "auto, cuda or cpu (auto)"},
-    {"block-size", {}, 0, 0, "accepted, no effect: a page holds 32 tokens"},
-    {"gpu-memory-utilization", {}, 0, 0, "accepted, no effect on the CPU"},
+    {"block-size", {}, 0, 0, "accepted without effect: a page holds 32 tokens"},
+    {"gpu-memory-utilization", {}, 0, 0, "accepted without effect on the CPU"},
 };
 
 std::string help() {
     std::string s =
-        "gemma-server: Gemma 3 over the OpenAI API\n\n    gemma-server [MODEL] [--flag VALUE | "
-        "--flag=VALUE]...\n\n";
+        "gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...\n\n"
+        "Serves Gemma 3 over the OpenAI API. The flags are vLLM's, with - or _:\n\n";
     for (const auto& f : flags) s += text("  --%-25s%s\n", f.name, f.help);
-    return s +
-           "\nThe flags are vLLM's and may be spelled with _ for -. What stands in brackets is the "
-           "default.\n";
-}
-
-// 25.6k is 25600 and 1K is 1024, as vLLM reads --max-model-len.
-json with_suffix(const std::string& s) {
-    const double unit = s.ends_with('k') ? 1000 : s.ends_with('K') ? 1024 : 0;
-    const double number = as_number(json(s.substr(0, s.size() - (unit > 0))));
-    return unit > 0 && number == number ? json(number * unit) : json(s);
+    return s;
 }
 
 void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
     for (const auto& f : flags) {
         if (name != f.name) continue;
-        if (values.empty()) refuse(f.name, "%s needs a value", f.name);
         const bool list = name == "served-model-name";
-        if (values.size() > 1 && !list)
-            refuse(f.name, "%s takes one value, got %s", f.name, show(values).c_str());
+        if (values.empty() || (values.size() > 1 && !list))
+            refuse(f.name, "--%s needs one value", f.name);
         if (std::holds_alternative<std::monostate>(f.member)) say("--" + name + ": " + f.help);
-        return assign(options, f,
-                      list                      ? json(values)
-                      : name == "max-model-len" ? with_suffix(values[0])
-                                                : json(values[0]));
+        json value = list ? json(values) : json(values[0]);
+        // As vLLM reads it, 25.6k is 25600 and 1K is 1024.
+        const double unit = values[0].ends_with('k') ? 1000 : values[0].ends_with('K') ? 1024 : 0;
+        const double number = as_number(values[0].substr(0, values[0].size() - 1)) * unit;
+        if (name == "max-model-len" && number > 0) value = number;
+        return assign(options, f, value);
     }
     std::string known;
     for (const auto& f : flags) known += std::string(" --") + f.name;
-    refuse("", "%s is not a flag; there are%s", name.c_str(), known.c_str());
+    refuse("", "--%s is not a flag; there are%s", name.c_str(), known.c_str());
 }
 
-Options parse_flags(int argc, char** argv) try {
+Options parse_flags(const std::vector<std::string>& args) try {
     Options options;
-    for (const auto& [variable, flag] :
-         {std::pair("PORT", "port"), std::pair("MAX_MODEL_LEN", "max-model-len")}) {
-        if (const char* value = std::getenv(variable); value && *value)
-            set_flag(options, flag, {value});
-    }
-    const std::vector<std::string> args(argv + 1, argv + argc);
+    if (const char* port = std::getenv("PORT")) set_flag(options, "port", {port});
+    if (const char* most = std::getenv("MAX_MODEL_LEN")) set_flag(options, "max-model-len", {most});
     for (size_t i = 0; i < args.size(); i++) {
-        if (i == 0 && !args[i].starts_with("-")) {
-            options.model = args[i];
-            continue;
-        }
-        if (!args[i].starts_with("--")) refuse("", "unexpected argument %s", args[i].c_str());
-        const size_t equals = std::min(args[i].find('='), args[i].size());
-        std::string name = args[i].substr(2, equals - 2);
+        const bool flag = args[i].starts_with("--");
+        if (!flag && i > 0) refuse("", "unexpected argument %s", args[i].c_str());
+        const size_t equals = flag ? std::min(args[i].find('='), args[i].size()) : 0;
+        std::string name = flag ? args[i].substr(2, equals - 2) : "model";
         std::replace(name.begin(), name.end(), '_', '-');
         std::vector<std::string> values;
-        if (equals < args[i].size())
-            values.push_back(args[i].substr(equals + 1));
-        else
-            while (i + 1 < args.size() && !args[i + 1].starts_with("--"))
-                values.push_back(args[++i]);
+        if (!flag) values = {args[i]};
+        if (flag && equals < args[i].size()) values = {args[i].substr(equals + 1)};
+        const bool more = flag && values.empty();  // they follow, up to the next flag
+        while (more && i + 1 < args.size() && !args[i + 1].starts_with("--")) {
+            values.push_back(args[++i]);
+        }
         set_flag(options, name, values);
     }
     if (options.served_model_name.empty()) options.served_model_name = {options.model};
+    if (options.device == "cuda") refuse("", "--device cuda: this build has no CUDA engine");
     if (options.device != "auto" && options.device != "cpu")
-        refuse("",
-               options.device == "cuda" ? "device cuda: this build has no CUDA engine"
-                                        : "device must be auto, cuda or cpu, got %s",
-               options.device.c_str());
+        refuse("", "--device must be auto, cuda or cpu, got %s", options.device.c_str());
     return options;
 } catch (const Refusal& r) {
     throw Error(r.message + " (--help lists the flags)");
@@ -1308,53 +1306,42 @@ Limits plan_memory(App& app, const KvMemory& memory) {
     const Config& c = app.checkpoint->config;
     const Options& o = app.options;
     Limits limits{int(o.max_num_seqs), int(o.max_num_batched_tokens), c.W, {0, 0}};
-    if (limits.max_batched_tokens < 0) {
+    if (limits.max_batched_tokens < 0)
         limits.max_batched_tokens = 32 * int(std::max(1u, std::thread::hardware_concurrency()));
-    }
     const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
-    const int64_t step = pages_for(limits.max_batched_tokens) + 1, window = c.W / page_tokens + 1;
-    const auto bytes = [&](int64_t local, int64_t global) {
-        return uint64_t(local) * memory.page[local_pool] +
-               uint64_t(global) * memory.page[global_pool];
-    };
-    const int64_t longest =
-        std::min<int64_t>(o.max_model_len < 0 ? c.max_positions : o.max_model_len, c.max_positions);
-    if (o.max_model_len > longest) {
-        throw Error(text("--max-model-len %ld: the model has %d positions", long(o.max_model_len),
-                         c.max_positions));
-    }
-    int64_t length = longest;
-    if (o.pages > 0) {
-        limits.pages[local_pool] = limits.pages[global_pool] = int(o.pages);
-        length = o.pages >= window ? std::min(length, o.pages * page_tokens) : 0;
-    } else {
-        while (length > 0 && bytes(window + step, pages_for(length)) > memory.budget)
-            length -= page_tokens;
-    }
-    if (length <= 0 || (o.max_model_len > 0 && length < longest)) {
+    const int64_t window = c.W / page_tokens + 1, step = pages_for(limits.max_batched_tokens) + 1;
+    const int64_t local_bytes = int64_t(memory.page[local_pool]), budget = int64_t(memory.budget);
+    const int64_t global_bytes = std::max<int64_t>(1, int64_t(memory.page[global_pool]));
+
+    // One sequence of max_model_len must fit.
+    int64_t room = std::max<int64_t>(0, budget - (window + step) * local_bytes) / global_bytes;
+    if (o.pages > 0) room = o.pages >= window ? o.pages : 0;
+    const int64_t asked = o.max_model_len > 0 ? o.max_model_len : c.max_positions;
+    const int64_t length = std::min({asked, int64_t(c.max_positions), room * page_tokens});
+    if (length == 0 || (o.max_model_len > 0 && length < asked)) {
         throw Error(
-            text("%s %ld needs %ld pages of each pool at least (%.1f MB), there is room for %.1f "
-                 "MB, or %ld tokens",
-                 o.max_model_len > 0 ? "--max-model-len" : "the model's length", long(longest),
-                 long(std::max(window, pages_for(longest))),
-                 double(bytes(window + step, pages_for(longest))) / 1e6,
-                 double(memory.budget) / 1e6, long(std::max<int64_t>(0, length))));
+            text("max_model_len %ld does not fit: the model has %d positions, and of %ld pages "
+                 "(%.2f GB) that one sequence needs there is room for %ld (%.2f GB)",
+                 long(asked), c.max_positions, long(pages_for(asked)),
+                 double(pages_for(asked) * global_bytes + (window + step) * local_bytes) / 1e9,
+                 long(room), double(budget) / 1e9));
     }
-    if (length < longest)
-        say(text("max_model_len lowered from %ld to the %ld tokens that fit", long(longest),
-                 long(length)));
+    if (length < asked)
+        say(text("max_model_len is %ld, lowered from %ld to what fits", long(length), long(asked)));
     app.max_model_len = int(length);
-    if (o.pages > 0) return limits;
-    const int64_t usual = pages_for(std::min<int64_t>(4096, length));
+
+    // Then as many sequences of a usual length as fit both pools; the rest is global.
     int64_t S = limits.max_num_seqs;
-    while (S > 1 &&
-           bytes(S * window + step, std::max(S * usual, pages_for(length))) > memory.budget)
-        S--;
-    limits.pages[local_pool] = int(S * window + step);
-    const int64_t rest = int64_t(memory.budget - bytes(limits.pages[local_pool], 0));
+    const int64_t usual = pages_for(std::min<int64_t>(4096, length));
+    const auto bytes = [&] {
+        return (S * window + step) * local_bytes +
+               std::max(S * usual, pages_for(length)) * global_bytes;
+    };
+    while (S > 1 && bytes() > budget) S--;
+    const int64_t local = S * window + step, rest = (budget - local * local_bytes) / global_bytes;
+    limits.pages[local_pool] = int(o.pages > 0 ? o.pages : local);
     limits.pages[global_pool] =
-        int(std::min(rest / int64_t(std::max<uint64_t>(1, memory.page[global_pool])),
-                     limits.max_num_seqs * pages_for(length)));
+        int(o.pages > 0 ? o.pages : std::min(rest, o.max_num_seqs * pages_for(length)));
     return limits;
 }
 
@@ -1379,10 +1366,9 @@ void load(App& app) {
     const SamplingDefaults& d = app.checkpoint->defaults;
     say(text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g", d.temperature,
              d.top_k, d.top_p, d.min_p));
-    for (const Pool pool : {local_pool, global_pool}) {
-        say(text("%s pool: %d pages, %ld tokens", pool == local_pool ? "local" : "global",
-                 limits.pages[pool], long(limits.pages[pool]) * page_tokens));
-    }
+    say(text("KV pages of 32 tokens: %d local (%d tokens), %d global (%ld tokens)",
+             limits.pages[local_pool], limits.pages[local_pool] * page_tokens,
+             limits.pages[global_pool], long(limits.pages[global_pool]) * page_tokens));
     say(text("max_model_len %d, up to %d sequences and %d tokens a step", app.max_model_len,
              limits.max_num_seqs, limits.max_batched_tokens));
     app.engine.emplace(std::move(model), limits);
@@ -1390,13 +1376,22 @@ void load(App& app) {
     say(text("ready in %.2f s", seconds_since_exec()));
 }
 
-int serve(App& app) {
-    // Blocked before any thread is made, so that only the one that waits for them sees them.
+// Waits for SIGTERM or SIGINT, then until the visitors have left or been sent away.
+void drain(App& app) {
+    app.wait([&] { return app.leaving; });
+    say("shutting down: what runs has 8 s to end");
+    const auto empty = [&] { return app.in_flight == 0; };
+    if (app.wait(empty, std::chrono::seconds(8))) return;
+    app.engine->abort_all();
+    app.wait(empty, std::chrono::seconds(1));
+}
+
+void watch_signals(App& app) {
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);  // in every thread that is made from here on
     std::thread([&app, signals] {
         int signal;
         sigwait(&signals, &signal);
@@ -1404,50 +1399,49 @@ int serve(App& app) {
         sigwait(&signals, &signal);
         std::_Exit(1);  // asked twice
     }).detach();
+}
 
+int serve(App& app) {
+    watch_signals(app);
     httplib::Server server;
     configure(server);
     add_routes(server, app);
-    const Options& o = app.options;
-    const int port = o.port ? (server.bind_to_port(o.host, int(o.port)) ? int(o.port) : -1)
-                            : server.bind_to_any_port(o.host);
+    const std::string& host = app.options.host;
+    int port = int(app.options.port);
+    if (port == 0)
+        port = server.bind_to_any_port(host);
+    else if (!server.bind_to_port(host, port))
+        port = -1;
     if (port < 0)
-        throw Error(text("cannot listen on %s:%ld: %s", o.host.c_str(), long(o.port),
+        throw Error(text("cannot listen on %s, port %ld: %s", host.c_str(), long(app.options.port),
                          std::strerror(errno)));
-    std::thread listener([&] { server.listen_after_bind(); });
-    say(text("listening on http://%s:%d", o.host.c_str(), port));
+    auto listener = std::async(std::launch::async, [&] { server.listen_after_bind(); });
+    say(text("listening on http://%s:%d", host.c_str(), port));
     int status = 0;
     try {
         load(app);
-        app.wait([&] { return app.leaving; });
-        say("leaving: what runs has 8 s to end");
-        const auto empty = [&] { return app.in_flight == 0; };
-        if (!app.wait(empty, std::chrono::seconds(8))) {
-            app.engine->abort_all();
-            app.wait(empty, std::chrono::seconds(1));
-        }
+        drain(app);
     } catch (const Error& e) {
         say(std::string("error: ") + e.what());
         app.change([&] { app.leaving = true; });
         status = 1;
     }
     server.stop();
-    listener.join();
+    // All answers are out. A connection that sends nothing would hold the library for 5 s more.
+    if (listener.wait_for(std::chrono::milliseconds(500)) == std::future_status::timeout)
+        std::_Exit(status);
     return status;
 }
 
 }  // namespace gemma
 
 int main(int argc, char** argv) try {
-    using namespace gemma;
-    for (int i = 1; i < argc; i++) {
-        if (std::string_view(argv[i]) == "--help" || std::string_view(argv[i]) == "-h")
-            return std::puts(help().c_str()), 0;
-    }
-    App app;
-    app.options = parse_flags(argc, argv);
+    const std::vector<std::string> args(argv + 1, argv + argc);
+    if (std::count(args.begin(), args.end(), "--help")) return std::puts(gemma::help().c_str()) < 0;
+    gemma::App app;
+    app.options = gemma::parse_flags(args);
     app.seeds.seed(uint64_t(app.options.seed));
-    return serve(app);
+    return gemma::serve(app);
 } catch (const gemma::Error& e) {
     gemma::say(std::string("error: ") + e.what());
     return 1;
