@@ -240,7 +240,7 @@ struct Token {
 };
 
 // A page is held by sequences, or cached (held by none, but found again by its tokens until its
-// room is needed), or free: the three always add up to the pool.
+// room is needed), or free. An idle scheduler holds none.
 struct PoolUse {
     int held, cached, free;
 };

@@ -119,11 +119,11 @@ constexpr float log2e = 1.4426950408889634f;
 
 // [2] linear -------------------------------------------------------------------------------------
 
-// acc[r][t] = sum over k of w[r, k] x[t, k], for a tile of ROWS weights and TOKENS tokens: each
-// weight that is read serves all of its tokens.
+// y[t, r] (+)= x[t, :] . w[r, :] over one slice of K, for a tile of ROWS weights by TOKENS tokens:
+// each weight that is read serves all of the tokens. The first slice sets y, the others add to it.
 template <int ROWS, int TOKENS, class W>
-inline void dot_tile(float (&y)[ROWS][TOKENS], const W* w, i64 w_stride, const float* x,
-                     i64 x_stride, i64 K) {
+inline void dot_tile(float* y, i64 y_stride, const W* w, i64 w_stride, const float* x, i64 x_stride,
+                     i64 K, bool first) {
     Lanes acc[ROWS][TOKENS];
     for (i64 k = 0; k < K; k += lanes) {
         Lanes weights[ROWS];
@@ -139,36 +139,16 @@ inline void dot_tile(float (&y)[ROWS][TOKENS], const W* w, i64 w_stride, const f
         }
     }
     for (int r = 0; r < ROWS; r++) {
-        for (int t = 0; t < TOKENS; t++) y[r][t] = sum(acc[r][t]);
-    }
-}
-
-// y[t, r] (+)= x[t, :] . w[r, :] for `rows` weights, over one slice of K; the first slice sets y.
-template <int TOKENS, class W>
-void dot_rows(float* y, i64 y_stride, const W* w, i64 w_stride, i64 rows, const float* x,
-              i64 x_stride, i64 K, bool first) {
-    const auto put = [&](i64 row, int t, float v) {
-        float& out = y[t * y_stride + row];
-        out = first ? v : out + v;
-    };
-    i64 r = 0;
-    for (; r + tile_rows <= rows; r += tile_rows) {
-        float tile[tile_rows][TOKENS];
-        dot_tile(tile, w + r * w_stride, w_stride, x, x_stride, K);
-        for (int i = 0; i < tile_rows; i++) {
-            for (int t = 0; t < TOKENS; t++) put(r + i, t, tile[i][t]);
+        for (int t = 0; t < TOKENS; t++) {
+            float& out = y[t * y_stride + r];
+            out = first ? sum(acc[r][t]) : out + sum(acc[r][t]);
         }
     }
-    for (; r < rows; r++) {
-        float tile[1][TOKENS];
-        dot_tile(tile, w + r * w_stride, w_stride, x, x_stride, K);
-        for (int t = 0; t < TOKENS; t++) put(r, t, tile[0][t]);
-    }
 }
 
-// As dot_rows, for any number of tokens up to tile_tokens.
+// The same for any number of rows, and of tokens up to tile_tokens.
 template <class W, int TOKENS = tile_tokens>
-void dot_rows(int tokens, float* y, i64 y_stride, const W* w, i64 w_stride, int rows,
+void dot_rows(i64 tokens, float* y, i64 y_stride, const W* w, i64 w_stride, i64 rows,
               const float* x, i64 x_stride, i64 K, bool first) {
     if constexpr (TOKENS > 1) {
         if (tokens < TOKENS) {
@@ -176,7 +156,14 @@ void dot_rows(int tokens, float* y, i64 y_stride, const W* w, i64 w_stride, int 
                                            first);
         }
     }
-    dot_rows<TOKENS>(y, y_stride, w, w_stride, rows, x, x_stride, K, first);
+    i64 r = 0;
+    for (; r + tile_rows <= rows; r += tile_rows) {
+        dot_tile<tile_rows, TOKENS>(y + r, y_stride, w + r * w_stride, w_stride, x, x_stride, K,
+                                    first);
+    }
+    for (; r < rows; r++) {
+        dot_tile<1, TOKENS>(y + r, y_stride, w + r * w_stride, w_stride, x, x_stride, K, first);
+    }
 }
 
 // y[N, M] = x[N, K] w[M, K]^T, by the team; ends without a barrier.
@@ -191,7 +178,7 @@ void linear(float* y, const float* x, const bf16* w, i64 N, i64 K, i64 M) {
     for (i64 m = 0; m < M; m += block) {
         for (i64 n = 0; n < N; n += tile_tokens) {
             for (i64 k = 0; k < K; k += slice) {
-                dot_rows(int(std::min<i64>(tile_tokens, N - n)), y + n * M + m, M, w + m * K + k, K,
+                dot_rows(std::min<i64>(tile_tokens, N - n), y + n * M + m, M, w + m * K + k, K,
                          std::min(block, M - m), x + n * K + k, K, std::min(slice, K - k), k == 0);
             }
         }
@@ -256,33 +243,27 @@ void geglu(float* gate, const float* up, i64 count) {
     }
 }
 
-// One query token's heads over the keys lo..hi of one KV head: softmax(q K^T scale) V.
-//   out[m, :] = sum over p of e^(s[m,p] - max s[m,:]) v[p, :] / sum over p of e^(s[m,p] - max
-//   s[m,:])
-// page(i) is where the KV head's K of positions 32i..32i+31 lie, its V behind them.
+// One query token's heads over the keys lo..hi of one KV head:
+//   s[m, p] = scale q[m, :] . k[p, :],  out[m, :] = sum over p of softmax(s[m, :])[p] v[p, :]
+// page(i) gives the KV head's K of the positions 32i..32i+31, with its V behind it. Sums over keys
+// follow their absolute positions. What lies outside lo..hi has weight 0 and is never read.
 template <class PageOf>
 void attend(float* out, const float* q, int heads, int E, float scale, int lo, int hi, PageOf page,
             std::vector<float>& scratch) {
     const int start = lo / page_tokens * page_tokens;
     const int span = (hi / page_tokens + 1) * page_tokens - start;
-    scratch.assign(heads * span, -std::numeric_limits<float>::infinity());
-    const auto keys = [&](int first, auto&& body) {  // body(first key, end, index in scratch)
-        body(std::max(lo, first) - first, std::min(hi + 1, first + page_tokens) - first);
-    };
-    for (int first = start; first <= hi; first += page_tokens) {
-        const float* K = page(first / page_tokens);
-        keys(first, [&](int from, int to) {
-            for (int m = 0; m < heads; m += tile_tokens) {
-                dot_rows(std::min(tile_tokens, heads - m),
-                         scratch.data() + m * span + (first - start) + from, span, K + from * E, E,
-                         to - from, q + m * E, E, E, true);
-            }
-        });
+    scratch.assign(heads * span, -std::numeric_limits<float>::infinity());  // [heads, span]
+    for (int p = lo; p <= hi; p = (p / page_tokens + 1) * page_tokens) {
+        const int keys = std::min(hi + 1, (p / page_tokens + 1) * page_tokens) - p;
+        const float* K = page(p / page_tokens) + p % page_tokens * E;  // [keys, E]
+        for (int m = 0; m < heads; m += tile_tokens) {
+            dot_rows(std::min(tile_tokens, heads - m), &scratch[m * span + p - start], span, K, E,
+                     keys, q + m * E, E, E, true);
+        }
     }
     for (int m = 0; m < heads; m++) {
-        float* s = scratch.data() + m * span;
-        float top = s[lo - start];
-        for (int i = 0; i < span; i++) top = std::max(top, s[i]);
+        float* s = &scratch[m * span];
+        const float top = *std::max_element(s, s + span);
         Lanes total;
         for (int i = 0; i < span; i++) s[i] = exp2_exact((s[i] - top) * (scale * log2e));
         for (int i = 0; i < span; i += lanes) total = fma(1.f, load(s + i), total);
@@ -290,24 +271,22 @@ void attend(float* out, const float* q, int heads, int E, float scale, int lo, i
         for (int i = 0; i < span; i++) s[i] *= inverse;
     }
     std::fill_n(out, heads * E, 0.f);
-    for (int first = start; first <= hi; first += page_tokens) {
-        const float* V = page(first / page_tokens) + page_tokens * E;
-        keys(first, [&](int from, int to) {
-            for (int m = 0; m < heads; m++) {
-                const float* p = scratch.data() + m * span + (first - start);
-                for (int e = 0; e < E; e += 4 * lanes) {
-                    float* o = out + m * E + e;
-                    Lanes acc[4];
-                    for (int j = 0; j < 4; j++) acc[j] = load(o + j * lanes);
-                    for (int i = from; i < to; i++) {
-                        for (int j = 0; j < 4; j++) {
-                            acc[j] = fma(p[i], load(V + i * E + e + j * lanes), acc[j]);
-                        }
+    for (int p = lo; p <= hi; p = (p / page_tokens + 1) * page_tokens) {
+        const int keys = std::min(hi + 1, (p / page_tokens + 1) * page_tokens) - p;
+        const float* V = page(p / page_tokens) + (page_tokens + p % page_tokens) * E;  // [keys, E]
+        for (int m = 0; m < heads; m++) {
+            for (int e = 0; e < E; e += 4 * lanes) {
+                float* o = out + m * E + e;
+                Lanes acc[4] = {load(o), load(o + lanes), load(o + 2 * lanes), load(o + 3 * lanes)};
+                for (int i = 0; i < keys; i++) {
+                    const float weight = scratch[m * span + p - start + i];
+                    for (int j = 0; j < 4; j++) {
+                        acc[j] = fma(weight, load(V + i * E + e + j * lanes), acc[j]);
                     }
-                    std::memcpy(o, acc, sizeof acc);
                 }
+                std::memcpy(o, acc, sizeof acc);
             }
-        });
+        }
     }
 }
 
@@ -471,7 +450,7 @@ class CpuModel : public Model {
 };
 
 void CpuModel::resize(int N, int outputs) {
-    const auto n = N, o = outputs;
+    const size_t n = size_t(N), o = size_t(outputs);
     for (auto* xs : {&x, &h}) xs->resize(n * c.D);
     for (auto* xs : {&q, &a}) xs->resize(n * c.H * c.E);
     for (auto* xs : {&k, &v}) xs->resize(n * c.G * c.E);
@@ -558,7 +537,7 @@ void CpuModel::forward(const Batch& b) {
         linear(gate.data(), h.data(), l.gate, N, D, F);  // [N, D] -> [N, F]
         linear(up.data(), h.data(), l.up, N, D, F);
 #pragma omp barrier
-        geglu(gate.data(), up.data(), N * F);
+        geglu(gate.data(), up.data(), i64(N) * F);
         linear(h.data(), gate.data(), l.down, N, F, D);  // [N, F] -> [N, D]
 #pragma omp barrier
         add_rmsnorm(x.data(), h.data(), l.post_ffn_norm, N, D, c.eps);

@@ -11,8 +11,9 @@
 //   [7] Routes     the OpenAI surface
 //   [8] main       flags, memory, start, drain
 //
-// Rules: only the engine thread touches the model, the pages and the scheduler. HTTP threads parse,
-// tokenize, post sequences and wait on their request's inbox; nothing they do can stall a step.
+// Rules: only the engine thread touches the model, the pages and what the scheduler changes. HTTP
+// threads parse, tokenize, post sequences and wait on their request's inbox; nothing they do can
+// stall a step.
 #include "gemma.h"
 
 #include <algorithm>
@@ -218,14 +219,11 @@ struct Scheduler::State {
     }
 
     void plan_running(int& budget) {
-        std::vector<int> want(running.size());
-        for (const bool decode : {true, false}) {  // decode rows never wait for a long prompt
-            for (size_t i = 0; i < running.size(); i++) {
-                const int left = int(running[i]->tokens.size()) - running[i]->computed;
-                if ((left == 1) != decode) continue;
-                want[i] = std::min(left, budget);
-                budget -= want[i];
-            }
+        // In order of age: only the newest can be amid its prompt, so no decode row waits for one.
+        std::vector<int> want;
+        for (const auto& s : running) {
+            want.push_back(std::min(int(s->tokens.size()) - s->computed, budget));
+            budget -= want.back();
         }
         for (size_t i = 0; i < running.size(); i++) {  // the oldest takes pages, the newest gives
             if (want[i] == 0) continue;
@@ -262,7 +260,7 @@ struct Scheduler::State {
             }
         }
         s.prefix = chain.back();
-        s.computed = s.cached_tokens = int(chain.size()) * page_tokens;
+        s.computed = int(chain.size()) * page_tokens;
     }
 
     // Beside others a sequence starts only if its whole prompt has room, and each of the others has
@@ -281,11 +279,13 @@ struct Scheduler::State {
         while (!waiting.empty() && int(running.size()) < limits.max_num_seqs && budget > 0) {
             const auto s = waiting.front();
             take_cached(*s);
+            const int cached = s->computed;
             int got = 0;
             if (has_room(*s, budget)) {
                 got = grow(*s, std::min(int(s->tokens.size()) - s->computed, budget));
             }
             if (got == 0) return release(*s);
+            if (s->preemptions == 0) s->cached_tokens = cached;
             waiting.pop_front();
             running.push_back(s);
             rows.push_back({s, got});
@@ -679,7 +679,7 @@ struct Request {
     int64_t top_k = 0, n = 1;
     bool chat_logprobs = false, tokens_as_ids = false, ignore_eos = false;
     bool stream = false, include_usage = true;
-    bool add_generation_prompt = true, add_special_tokens = true;
+    bool add_special_tokens = true, add_generation_prompt = true;
     std::vector<std::string> stop;
 };
 
@@ -698,6 +698,7 @@ const RequestFields common_fields{
     {"ignore_eos", &Request::ignore_eos},
     {"stream", &Request::stream},
     {"return_tokens_as_token_ids", &Request::tokens_as_ids},
+    {"add_special_tokens", &Request::add_special_tokens},
 };
 const RequestFields completion_fields{{"logprobs", &Request::logprobs, 0, 20}};
 const RequestFields chat_fields{
@@ -747,6 +748,8 @@ json parse_body(const std::string& body) {
         return parsed;
     } catch (const json::parse_error& e) {
         refuse("", "the body is not valid JSON, at byte %zu", e.byte);
+    } catch (const json::exception&) {
+        refuse("", "the body is not valid JSON: it has a number that no double can hold");
     }
 }
 
@@ -765,7 +768,7 @@ std::vector<int> encode_prompt(const App& app, const std::string& prompt, bool a
 }
 
 // A string, a list of strings, a list of ids, or a list of lists of ids.
-std::vector<std::vector<int>> parse_prompts(const App& app, const json& body) {
+std::vector<std::vector<int>> parse_prompts(const App& app, const json& body, bool add_bos) {
     const json prompt = body.value("prompt", json());
     const bool ids = prompt.is_array() && !prompt.empty() && prompt[0].is_number();
     const json list = ids || prompt.is_string() ? json::array({prompt}) : prompt;
@@ -779,15 +782,16 @@ std::vector<std::vector<int>> parse_prompts(const App& app, const json& body) {
     for (const json& one : list) {
         need(one.is_string() || (one.is_array() && !one.empty()));
         auto& to = prompts.emplace_back();
-        if (one.is_string()) to = encode_prompt(app, one.get_ref<const std::string&>(), true);
+        if (one.is_string()) to = encode_prompt(app, one.get_ref<const std::string&>(), add_bos);
         if (one.is_array()) {
             for (const json& id : one) to.push_back(check_token(app, id, "prompt"));
         }
+        if (to.empty()) refuse("prompt", "prompt has no token");
     }
     return prompts;
 }
 
-std::vector<int> parse_messages(const App& app, const json& body, bool add_generation_prompt) try {
+std::vector<int> parse_messages(const App& app, const json& body, const Request& r) try {
     const json messages = body.value("messages", json());
     for (const json& message : messages) {
         const json content = message.is_object() ? message.value("content", json()) : json();
@@ -798,7 +802,9 @@ std::vector<int> parse_messages(const App& app, const json& body, bool add_gener
                    show(type).c_str());
         }
     }
-    return app.tokenizer->chat(messages, add_generation_prompt);
+    auto ids = app.tokenizer->chat(messages, r.add_generation_prompt);  // <bos> is the template's
+    if (r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);
+    return ids;
 } catch (const std::invalid_argument& e) {
     refuse("messages", "%s", e.what());
 }
@@ -830,7 +836,7 @@ void check_length(const App& app, const Request& r, size_t size) {
 Request parse_request(const App& app, const json& body, bool chat) {
     const SamplingDefaults& d = app.checkpoint->defaults;
     Request r;
-    r.chat = chat;
+    r.chat = chat, r.add_special_tokens = !chat;
     r.temperature = d.temperature, r.top_p = d.top_p, r.min_p = d.min_p, r.top_k = d.top_k;
     assign_all(r, common_fields, body);
     assign_all(r, chat ? chat_fields : completion_fields, body);
@@ -853,8 +859,8 @@ Request parse_request(const App& app, const json& body, bool chat) {
     if (r.temperature == 0 && r.n > 1)
         refuse("n", "n must be 1 when using greedy sampling, got %d.", int(r.n));
     if (!chat && r.max_tokens < 0) r.max_tokens = 16;
-    if (chat) r.prompts.push_back(parse_messages(app, body, true));
-    if (!chat) r.prompts = parse_prompts(app, body);
+    if (chat) r.prompts.push_back(parse_messages(app, body, r));
+    if (!chat) r.prompts = parse_prompts(app, body, r.add_special_tokens);
     for (const auto& prompt : r.prompts) check_length(app, r, prompt.size());
     if (int64_t(r.prompts.size()) * r.n > 128)
         refuse("n", "prompts times n must be at most 128, got %zu x %d", r.prompts.size(),
@@ -1138,9 +1144,8 @@ void tokenize(const std::shared_ptr<Visit>& visit, const json& body, httplib::Re
     if (!chat && !prompt.is_string())
         refuse("prompt", "prompt must be a string, got %s", show(prompt).c_str());
     auto ids = chat
-                   ? parse_messages(app, body, r.add_generation_prompt)
+                   ? parse_messages(app, body, r)
                    : encode_prompt(app, prompt.get_ref<const std::string&>(), r.add_special_tokens);
-    if (chat && r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);
     reply(res, {{"count", ids.size()}, {"max_model_len", app.max_model_len}, {"tokens", ids}});
 }
 
@@ -1192,10 +1197,14 @@ void add_routes(httplib::Server& server, App& app) {
             }
         };
     };
-    server.Post("/v1/completions", route(generate<false>, true));
-    server.Post("/v1/chat/completions", route(generate<true>, true));
-    server.Post("/tokenize", route(tokenize, true));
-    server.Post("/detokenize", route(detokenize, true));
+    const auto post = [&](const char* path, Handler handler) {
+        server.Post(path, route(handler, true));
+        server.Get(path, [](In, Out res) { reply_error(res, {405, "only POST is served", ""}); });
+    };
+    post("/v1/completions", generate<false>);
+    post("/v1/chat/completions", generate<true>);
+    post("/tokenize", tokenize);
+    post("/detokenize", detokenize);
     server.Get("/v1/models", route(list_models, false));
     server.Get("/version", [](In, Out res) { reply(res, {{"version", GEMMA_VERSION}}); });
     server.Get("/health", [&](In, Out res) {
@@ -1229,7 +1238,8 @@ void configure(httplib::Server& server) {
 // [8] main ----------------------------------------------------------------------------------------
 
 const std::vector<Field<Options>> flags{
-    {"model", &Options::model, 0, 0, "directory, or ORGANISATION/NAME in the Hugging Face cache"},
+    {"model", &Options::model, 0, 0,
+     "directory, or a name in the Hugging Face cache (google/gemma-3-1b-it)"},
     {"served-model-name", &Options::served_model_name, 0, 100, "what requests may call it (model)"},
     {"host", &Options::host, 0, 0, "address to listen on (0.0.0.0)"},
     {"port", &Options::port, 0, 65535, "port to listen on, 0: any free one ($PORT, or 8000)"},
@@ -1251,7 +1261,10 @@ std::string help() {
         "gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...\n\n"
         "Serves Gemma 3 over the OpenAI API. The flags are vLLM's, with - or _:\n\n";
     for (const auto& f : flags) s += text("  --%-25s%s\n", f.name, f.help);
-    return s;
+    return s +
+           "\nThe cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and "
+           "SIGINT\n"
+           "let what runs end, for 8 s.\n";
 }
 
 void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
@@ -1275,8 +1288,11 @@ void set_flag(Options& options, const std::string& name, const std::vector<std::
 
 Options parse_flags(const std::vector<std::string>& args) try {
     Options options;
-    if (const char* port = std::getenv("PORT")) set_flag(options, "port", {port});
-    if (const char* most = std::getenv("MAX_MODEL_LEN")) set_flag(options, "max-model-len", {most});
+    for (const auto& [variable, flag] :
+         {std::pair("PORT", "port"), std::pair("MAX_MODEL_LEN", "max-model-len")}) {
+        const char* value = std::getenv(variable);
+        if (value && *value) set_flag(options, flag, {value});
+    }
     for (size_t i = 0; i < args.size(); i++) {
         const bool flag = args[i].starts_with("--");
         if (!flag && i > 0) refuse("", "unexpected argument %s", args[i].c_str());
@@ -1309,7 +1325,8 @@ Limits plan_memory(App& app, const KvMemory& memory) {
     if (limits.max_batched_tokens < 0)
         limits.max_batched_tokens = 32 * int(std::max(1u, std::thread::hardware_concurrency()));
     const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
-    const int64_t window = c.W / page_tokens + 1, step = pages_for(limits.max_batched_tokens) + 1;
+    const int64_t window = (c.W + page_tokens - 2) / page_tokens + 1,
+                  step = pages_for(limits.max_batched_tokens) + 1;
     const int64_t local_bytes = int64_t(memory.page[local_pool]), budget = int64_t(memory.budget);
     const int64_t global_bytes = std::max<int64_t>(1, int64_t(memory.page[global_pool]));
 
@@ -1366,6 +1383,9 @@ void load(App& app) {
     const SamplingDefaults& d = app.checkpoint->defaults;
     say(text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g", d.temperature,
              d.top_k, d.top_p, d.min_p));
+    if (d.repetition_penalty != 1)
+        say(text("generation_config.json: repetition_penalty %g is not applied",
+                 d.repetition_penalty));
     say(text("KV pages of 32 tokens: %d local (%d tokens), %d global (%ld tokens)",
              limits.pages[local_pool], limits.pages[local_pool] * page_tokens,
              limits.pages[global_pool], long(limits.pages[global_pool]) * page_tokens));
@@ -1406,16 +1426,25 @@ int serve(App& app) {
     httplib::Server server;
     configure(server);
     add_routes(server, app);
+    // The library would share the port with another server (SO_REUSEPORT) and queue 5 connections.
+    int listening = -1;
+    server.set_socket_options([&](int fd) {
+        const int yes = 1;
+        setsockopt(listening = fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    });
     const std::string& host = app.options.host;
     int port = int(app.options.port);
-    if (port == 0)
+    if (port == 0) {
         port = server.bind_to_any_port(host);
-    else if (!server.bind_to_port(host, port))
+    } else if (!server.bind_to_port(host, port)) {
         port = -1;
-    if (port < 0)
+    }
+    if (port < 0 || listen(listening, 1024) != 0) {
         throw Error(text("cannot listen on %s, port %ld: %s", host.c_str(), long(app.options.port),
                          std::strerror(errno)));
+    }
     auto listener = std::async(std::launch::async, [&] { server.listen_after_bind(); });
+    while (!server.is_running()) std::this_thread::yield();  // stop() would not reach it before
     say(text("listening on http://%s:%d", host.c_str(), port));
     int status = 0;
     try {
@@ -1437,7 +1466,8 @@ int serve(App& app) {
 
 int main(int argc, char** argv) try {
     const std::vector<std::string> args(argv + 1, argv + argc);
-    if (std::count(args.begin(), args.end(), "--help")) return std::puts(gemma::help().c_str()) < 0;
+    if (std::count(args.begin(), args.end(), "--help") || args == std::vector<std::string>{"-h"})
+        return std::puts(gemma::help().c_str()) < 0;
     gemma::App app;
     app.options = gemma::parse_flags(args);
     app.seeds.seed(uint64_t(app.options.seed));

@@ -80,7 +80,7 @@ int main(int argc, char** argv) try {
     for (int step = 1;; step++) {
         const Batch& batch = scheduler.next();
         if (batch.tokens.empty()) break;
-        std::printf("step %d: %zu tokens in %zu rows\n", step, batch.tokens.size(),
+        std::printf("step %d: tokens %zu, rows %zu\n", step, batch.tokens.size(),
                     batch.row_start.size() - 1);
         const Batch shown = batch;  // finish() moves on
         const Results results = model->step(batch);

@@ -1,0 +1,954 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// scheduler_test.cpp: every token once, from the right pages, whatever runs beside it.
+//
+//   [1] A model of a few lines: the next id is a hash of what the row may see
+//   [2] Machine: pages in memory, and every rule of a Batch checked at every step
+//   [3] Scripts: what runs in which step, as a table
+//   [4] Windows, limits, ends, leaving
+//   [5] Crowds: too few pages, and chance
+//
+// Machine is where most bugs are found. It remembers what was written to each place of each page,
+// lets a row see nothing else, and compares every token with a run that had all to itself.
+#include "tests/test.h"
+
+#include <algorithm>
+#include <functional>
+#include <iterator>
+#include <list>
+#include <map>
+#include <random>
+#include <utility>
+
+using gemma::Batch;
+using gemma::Finish;
+using gemma::global_pool;
+using gemma::Limits;
+using gemma::local_pool;
+using gemma::page_tokens;
+using gemma::Pool;
+using gemma::PoolUse;
+using gemma::Results;
+using gemma::Scheduler;
+using gemma::Sequence;
+using Ids = std::vector<int>;
+
+namespace {
+
+// [1] A model of a few lines ----------------------------------------------------------------------
+
+constexpr int vocabulary = 50;  // small, so that stop ids turn up by themselves
+
+uint64_t mix(uint64_t hash, int x) {
+    hash = (hash ^ uint64_t(x + 1)) * 0x9e3779b97f4a7c15;
+    return hash ^ hash >> 29;
+}
+
+// As a model's, it depends on the order of all that is seen, in the window a second time, and for
+// sampling on the seed and on how many tokens were drawn before.
+int next_id(const Ids& all, const Ids& window, uint64_t seed, int index) {
+    uint64_t hash = seed;
+    for (const int id : all) hash = mix(hash, id);
+    for (const int id : window) hash = mix(hash, id);
+    return int((mix(hash, index) >> 32) % vocabulary);
+}
+
+struct Answer {
+    Ids ids;
+    Finish finish = Finish::none;
+};
+
+// What a sequence must get: the run without pages, batches or neighbours.
+Answer undisturbed(const Sequence& s, int window) {
+    Answer answer;
+    Ids all = s.tokens;
+    while (answer.finish == Finish::none) {
+        const auto first = std::max<ptrdiff_t>(0, ptrdiff_t(all.size()) - window);
+        const int index = int(answer.ids.size());
+        const int id = next_id(all, {all.begin() + first, all.end()}, s.sampling.seed, index);
+        all.push_back(id);
+        answer.ids.push_back(id);
+        if (std::count(s.stop_ids.begin(), s.stop_ids.end(), id))
+            answer.finish = Finish::stop;
+        else if (index + 1 == s.max_tokens)
+            answer.finish = Finish::length;
+    }
+    return answer;
+}
+
+// `count` ids about `topic`: two topics differ from their first page on.
+Ids words(int topic, int count) {
+    Ids ids;
+    for (int i = 0; i < count; i++) ids.push_back(int((mix(mix(7, topic), i) >> 32) % vocabulary));
+    return ids;
+}
+
+Ids operator+(Ids a, const Ids& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+
+// [2] Machine -------------------------------------------------------------------------------------
+
+struct Job {
+    char name;
+    std::shared_ptr<Sequence> sequence;
+    Answer expected, got;
+};
+
+struct Span {  // what one row does in one step
+    char name;
+    int first, last;  // positions
+    bool output;
+};
+using Step = std::vector<Span>;
+
+class Machine {
+  public:
+    explicit Machine(const Limits& l) : limits(l), scheduler(l) {
+        for (const Pool pool : {local_pool, global_pool})
+            memory[pool].resize(size_t(l.pages[pool]) * page_tokens);
+    }
+
+    const std::shared_ptr<Job>& add(char name, const Ids& prompt, int max_tokens,
+                                    const Ids& stop_ids = {}, uint64_t seed = 0) {
+        auto s = std::make_shared<Sequence>();
+        s->tokens = prompt;
+        s->prompt_tokens = int(prompt.size());
+        s->max_tokens = max_tokens;
+        s->stop_ids = stop_ids;
+        s->sampling.seed = seed;
+        live.push_back(std::make_shared<Job>(Job{name, s, undisturbed(*s, limits.window), {}}));
+        scheduler.add(s);
+        return live.back();
+    }
+
+    Step step() {
+        const Batch& batch = scheduler.next();
+        must(scheduler.preemptions() <= limit, "it does nothing but preempt");
+        forget_cancelled();
+        check_books();
+        check_order();
+        check_shape(batch);
+        const Step rows = name_rows(batch);
+        poison(batch);
+        write(batch, rows);
+        const Results results = attend(batch, rows);
+        if (while_it_runs) std::exchange(while_it_runs, nullptr)();
+        deliver(batch, results, rows);
+        check_books();
+        check_window();
+        return rows;
+    }
+
+    // Until there is nothing to do. Everything must have ended then, and no page be held.
+    void run() {
+        for (int steps = 0; !step().empty(); steps++) must(steps < limit, "it does not end");
+        check_idle();
+    }
+
+    void check_idle() {
+        must(live.empty() && scheduler.waiting() + scheduler.running() == 0, "idle before the end");
+        for (const Pool pool : {local_pool, global_pool})
+            must(scheduler.use(pool).held == 0, "idle, and a page is held");
+    }
+
+    void abort_all() {
+        const auto all = scheduler.remove_all();
+        must(all.size() == live.size(), "remove_all left something out");
+        for (const auto& s : all) end(job_of(*s), Finish::abort);
+        check_idle();
+    }
+
+    const Limits limits;
+    Scheduler scheduler;
+    std::list<std::shared_ptr<Job>> live;  // in the order of arrival
+    std::function<void()> while_it_runs;   // called once, between next() and finish()
+
+  private:
+    struct Place {  // of one token in a page
+        int position = -1, id = -1;
+        bool operator==(const Place&) const = default;
+    };
+    static constexpr int limit = 100'000;
+
+    // Catch2's own assertions would take longer than all the rest: there are millions.
+    static void must(bool met, const char* rule) {
+        if (!met) FAIL("broken: " << rule);
+    }
+
+    Place& place(Pool pool, int page, int position) {
+        must(page >= 0, "a page is needed that the row does not have");
+        must(page < limits.pages[pool], "a page beyond the pool");
+        return memory[pool][size_t(page * page_tokens + position % page_tokens)];
+    }
+
+    static bool holds_pages(const Job& job) {
+        const auto& pages = job.sequence->pages;
+        return !pages[local_pool].empty() || !pages[global_pool].empty();
+    }
+
+    std::vector<int> holders(Pool pool) const {  // [pages]
+        std::vector<int> count(size_t(limits.pages[pool]));
+        for (const auto& job : live) {
+            for (const int page : job->sequence->pages[pool])
+                if (page >= 0) count[size_t(page)]++;
+        }
+        return count;
+    }
+
+    Job& job_of(const Sequence& s) {
+        const auto job = std::find_if(live.begin(), live.end(),
+                                      [&](const auto& j) { return j->sequence.get() == &s; });
+        must(job != live.end(), "a sequence that had already ended");
+        return **job;
+    }
+
+    void check_books() const {
+        for (const Pool pool : {local_pool, global_pool}) {
+            const PoolUse use = scheduler.use(pool);
+            const auto count = holders(pool);
+            must(use.held >= 0 && use.cached >= 0 && use.free >= 0, "pages below zero");
+            must(use.held + use.cached + use.free == limits.pages[pool],
+                 "held + cached + free is not the pool");
+            must(use.held == std::count_if(count.begin(), count.end(), [](int n) { return n > 0; }),
+                 "the pages that are held are not those in the tables");
+        }
+    }
+
+    // First come, first served, and the newest gives way: what runs is always the oldest.
+    void check_order() const {
+        const auto runs = [](const auto& job) { return holds_pages(*job); };
+        must(std::is_partitioned(live.begin(), live.end(), runs), "a newer sequence runs instead");
+        must(std::count_if(live.begin(), live.end(), runs) == scheduler.running(),
+             "what waits holds pages, or what runs holds none");
+        must(scheduler.running() + scheduler.waiting() == int(live.size()), "a sequence is lost");
+    }
+
+    void check_shape(const Batch& b) const {
+        const size_t N = b.tokens.size(), R = b.row_start.size() - 1;
+        must(int(N) <= limits.max_batched_tokens, "more tokens than the budget");
+        must(int(R) <= limits.max_num_seqs, "more rows than max_num_seqs");
+        must(b.positions.size() == N && b.row_start[0] == 0 && b.row_start[R] == int(N),
+             "the shape of a batch");
+        for (const Pool pool : {local_pool, global_pool})
+            must(b.pages[pool].size() == R * size_t(b.pages_per_row), "the shape of a page table");
+        for (size_t r = 0; r < R; r++) {
+            must(b.row_start[r] < b.row_start[r + 1], "a row without tokens");
+            for (int i = b.row_start[r] + 1; i < b.row_start[r + 1]; i++)
+                must(b.positions[size_t(i)] == b.positions[size_t(i) - 1] + 1, "a gap in a row");
+        }
+    }
+
+    // A row does not say whose it is: the page that it writes does.
+    Step name_rows(const Batch& b) {
+        Step rows;
+        row_jobs.clear();
+        for (size_t r = 0; r + 1 < b.row_start.size(); r++) {
+            const auto from = size_t(b.row_start[r]), to = size_t(b.row_start[r + 1]);
+            const auto table = [&](Pool pool) {
+                const auto start = b.pages[pool].begin() + ptrdiff_t(r) * b.pages_per_row;
+                return Ids(start, start + b.pages_per_row);
+            };
+            const auto page = size_t(b.positions[from] / page_tokens);
+            const auto global = table(global_pool);
+            Job* owner = nullptr;
+            for (const auto& job : live) {
+                const Ids& own = job->sequence->pages[global_pool];
+                if (own.size() <= page || own[page] != global.at(page)) continue;
+                must(!owner, "a shared page is written");
+                owner = job.get();
+            }
+            must(owner && !std::count(row_jobs.begin(), row_jobs.end(), owner), "a stray row");
+            const Sequence& s = *owner->sequence;
+            for (const Pool pool : {local_pool, global_pool}) {
+                Ids own = s.pages[pool];
+                own.resize(size_t(b.pages_per_row), -1);
+                must(table(pool) == own, "a row's pages are not its sequence's");
+            }
+            must(b.positions[from] == s.computed, "a row starts elsewhere than the last one ended");
+            must(size_t(s.computed) + (to - from) <= s.tokens.size(), "more tokens than there are");
+            must(std::equal(b.tokens.begin() + ptrdiff_t(from), b.tokens.begin() + ptrdiff_t(to),
+                            s.tokens.begin() + s.computed),
+                 "a row's tokens are not its sequence's");
+            const int last = b.positions[to - 1];
+            rows.push_back({owner->name, s.computed, last, last + 1 == int(s.tokens.size())});
+            row_jobs.push_back(owner);
+        }
+        const bool prompts =
+            std::any_of(rows.begin(), rows.end(), [](const Span& r) { return r.first < r.last; });
+        for (const auto& job : live) {
+            const Sequence& s = *job->sequence;
+            const bool decodes = holds_pages(*job) && s.computed + 1 == int(s.tokens.size());
+            must(!prompts || !decodes || std::count(row_jobs.begin(), row_jobs.end(), job.get()),
+                 "a decode row waits for a prompt");
+        }
+        return rows;
+    }
+
+    void poison(const Batch& b) {
+        for (const Pool pool : {local_pool, global_pool}) {
+            for (const int page : b.dead[pool]) {
+                for (int i = 0; i < page_tokens; i++) place(pool, page, i) = {};
+            }
+        }
+    }
+
+    // All rows write before any reads, as in a layer. Only an empty place may be written: a page
+    // that someone shares, or that is cached, is full.
+    void write(const Batch& b, const Step& rows) {
+        for (const Pool pool : {local_pool, global_pool}) {
+            const auto count = holders(pool);
+            for (size_t r = 0; r < rows.size(); r++) {
+                for (int p = rows[r].first; p <= rows[r].last; p++) {
+                    const int page =
+                        b.pages[pool].at(r * size_t(b.pages_per_row) + size_t(p / page_tokens));
+                    Place& to = place(pool, page, p);
+                    must(count[size_t(page)] == 1, "two sequences have a page that one writes");
+                    must(to == Place{}, "a place is written twice");
+                    to = {p, row_jobs[r]->sequence->tokens[size_t(p)]};
+                }
+            }
+        }
+    }
+
+    // The tokens first..last as the row's pages have them.
+    Ids read(Pool pool, size_t r, const Batch& b, int first, int last) {
+        Ids ids;
+        const Ids& tokens = row_jobs[r]->sequence->tokens;
+        for (int p = first; p <= last; p++) {
+            const size_t entry = r * size_t(b.pages_per_row) + size_t(p / page_tokens);
+            const Place& from = place(pool, b.pages[pool].at(entry), p);
+            must(from == Place{p, tokens[size_t(p)]}, "a page holds something else");
+            ids.push_back(from.id);
+        }
+        return ids;
+    }
+
+    Results attend(const Batch& b, const Step& rows) {
+        Results results;
+        for (size_t r = 0; r < rows.size(); r++) {
+            const auto [name, first, last, output] = rows[r];
+            const Sequence& s = *row_jobs[r]->sequence;
+            const Ids all = read(global_pool, r, b, 0, last);
+            const int behind = limits.window - 1;  // what a token sees before itself
+            read(local_pool, r, b, std::max(0, first - behind), last);
+            if (!output) continue;
+            const Ids window = read(local_pool, r, b, std::max(0, last - behind), last);
+            must(results.size() < b.outputs.size(), "an output is missing");
+            const gemma::Output& out = b.outputs[results.size()];
+            must(out.token == b.row_start[r + 1] - 1 && out.row == int(r) && out.target == -1,
+                 "an output is about another token");
+            must(out.sampling.seed == s.sampling.seed, "another's sampling");
+            must(out.index == int(s.tokens.size()) - s.prompt_tokens, "the index of an output");
+            results.push_back({next_id(all, window, out.sampling.seed, out.index), 0, 1, {}});
+        }
+        must(results.size() == b.outputs.size(), "an output too many");
+        return results;
+    }
+
+    void deliver(const Batch& b, const Results& results, const Step& rows) {
+        const auto tokens = scheduler.finish(results);
+        must(tokens.size() == b.outputs.size(), "as many tokens as outputs");
+        size_t next = 0;
+        for (size_t r = 0; r < rows.size(); r++) {
+            if (!rows[r].output) continue;
+            const auto& [sequence, result, finish] = tokens[next];
+            Job& job = job_of(*sequence);
+            Ids& ids = job.got.ids;
+            must(&job == row_jobs[r] && result.id == results[next].id, "a token for another");
+            ids.push_back(result.id);
+            must(ids.size() <= job.expected.ids.size() &&
+                     std::equal(ids.begin(), ids.end(), job.expected.ids.begin()),
+                 "the text depends on the neighbours");
+            must(sequence->tokens.size() == size_t(sequence->prompt_tokens) + ids.size() &&
+                     sequence->tokens.back() == result.id,
+                 "the token is appended");
+            next++;
+            if (finish != Finish::none) end(job, finish);
+        }
+    }
+
+    void check_window() const {
+        for (const auto& job : live) {
+            const Sequence& s = *job->sequence;
+            const int seen = std::max(0, s.computed - limits.window + 1);  // by the next token
+            for (int i = 0; i < seen / page_tokens; i++)
+                must(s.pages[local_pool][size_t(i)] == -1, "a page behind the window is held");
+        }
+    }
+
+    void forget_cancelled() {
+        for (auto job = live.begin(); job != live.end();) {
+            const auto next = std::next(job);
+            if ((*job)->sequence->cancelled) end(**job, Finish::abort);
+            job = next;
+        }
+    }
+
+    void end(Job& job, Finish finish) {
+        job.got.finish = finish;
+        if (finish != Finish::abort) {
+            must(job.got.ids == job.expected.ids, "the answer is whole");
+            must(finish == job.expected.finish, "the reason of the end");
+        }
+        must(!holds_pages(job), "pages outlive their sequence");
+        live.remove_if([&](const auto& j) { return j.get() == &job; });
+    }
+
+    std::vector<Place> memory[2];  // by Pool
+    std::vector<Job*> row_jobs;    // [R]
+};
+
+// [3] Scripts -------------------------------------------------------------------------------------
+//
+// One line is one step: "a0..63 b9!" computes positions 0 to 63 of a and 9 of b; after ! stands
+// nothing more to compute, so a token comes out. "a9~20!" are twelve steps of one token each.
+
+struct Ask {
+    int step;  // before which it arrives
+    char name;
+    Ids prompt;
+    int max_tokens;
+};
+
+struct Cancel {
+    int step;  // before which it happens
+    char name;
+};
+
+struct Script {
+    const char* title;
+    Limits limits;  // max_num_seqs, max_batched_tokens, window, {local pages, global pages}
+    std::vector<Ask> asks;
+    std::vector<std::string> steps;
+    std::vector<Cancel> cancels = {};
+};
+
+bool goes_on(const Step& before, const Step& now) {  // the same rows decode one token further
+    return std::equal(before.begin(), before.end(), now.begin(), now.end(),
+                      [](const Span& a, const Span& b) {
+                          return a.name == b.name && a.first == a.last && b.first == b.last &&
+                                 b.first == a.last + 1 && a.output && b.output;
+                      });
+}
+
+std::string line(const Step& from, const Step& to) {
+    std::string s;
+    for (size_t r = 0; r < from.size(); r++) {
+        const int first = from[r].first, last = to[r].last;
+        s += (r ? " " : "") + std::string(1, from[r].name) + std::to_string(first);
+        if (first < last) s += (from[r].last == last ? ".." : "~") + std::to_string(last);
+        if (from[r].output) s += "!";
+    }
+    return s;
+}
+
+std::vector<std::string> play(const Script& script) {
+    Machine machine(script.limits);
+    std::vector<Step> steps;
+    std::map<char, std::shared_ptr<Job>> jobs;
+    for (int n = 0;; n++) {
+        bool more = false;
+        for (const Ask& ask : script.asks) {
+            if (ask.step == n) jobs[ask.name] = machine.add(ask.name, ask.prompt, ask.max_tokens);
+            more |= ask.step > n;
+        }
+        for (const Cancel& cancel : script.cancels) {
+            if (cancel.step == n) jobs.at(cancel.name)->sequence->cancelled = true;
+        }
+        steps.push_back(machine.step());
+        if (steps.back().empty() && !more) break;
+    }
+    machine.check_idle();
+    for (const auto& [name, job] : jobs) {
+        const bool left = std::any_of(script.cancels.begin(), script.cancels.end(),
+                                      [n = name](const Cancel& c) { return c.name == n; });
+        CHECK((job->got.finish == Finish::abort) == left);
+    }
+    std::vector<std::string> lines;
+    for (size_t from = 0, to; from + 1 < steps.size(); from = to) {
+        for (to = from + 1; goes_on(steps[to - 1], steps[to]);) to++;
+        lines.push_back(line(steps[from], steps[to - 1]));
+    }
+    return lines;
+}
+
+void play_all(const std::vector<Script>& scripts) {
+    for (const Script& script : scripts) {
+        INFO(script.title);
+        CHECK(play(script) == script.steps);
+    }
+}
+
+TEST_CASE("scheduler: who runs, and how many tokens of each") {
+    const int W = 64, many = 99;
+    play_all({
+        {"all at once, in the order of arrival",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 2}, {0, 'b', words(2, 5), 1}, {0, 'c', words(3, 2), 2}},
+         {"a0..2! b0..4! c0..1!", "a3! c2!"}},
+        {"one that comes later joins those that run",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 4}, {2, 'b', words(2, 5), 2}},
+         {"a0..2!", "a3!", "a4! b0..4!", "a5! b5!"}},
+        {"no more rows than max_num_seqs",
+         {2, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 2}, {0, 'b', words(2, 3), 3}, {0, 'c', words(3, 3), 1}},
+         {"a0..2! b0..2!", "a3! b3!", "b4! c0..2!"}},
+        {"a prompt of several steps",
+         {8, 32, W, {many, many}},
+         {{0, 'a', words(1, 70), 2}},
+         {"a0..31", "a32..63", "a64..69!", "a70!"}},
+        {"a prompt of exactly one step",
+         {8, 32, W, {many, many}},
+         {{0, 'a', words(1, 32), 2}},
+         {"a0..31!", "a32!"}},
+        {"what one prompt leaves of the budget the next one takes",
+         {8, 32, W, {many, many}},
+         {{0, 'a', words(1, 20), 1}, {0, 'b', words(2, 30), 1}, {0, 'c', words(3, 9), 1}},
+         {"a0..19! b0..11", "b12..29! c0..8!"}},
+        {"decode rows first, the prompt takes what is left",
+         {8, 16, W, {many, many}},
+         {{0, 'a', words(1, 4), 5}, {0, 'b', words(2, 40), 2}},
+         {"a0..3! b0..11", "a4! b12..26", "a5! b27..39!", "a6! b40!", "a7!"}},
+        {"a budget smaller than the rows serves the oldest",
+         {8, 2, W, {many, many}},
+         {{0, 'a', words(1, 1), 3}, {0, 'b', words(2, 1), 3}, {0, 'c', words(3, 1), 2}},
+         {"a0~2! b0~2!", "c0~1!"}},
+        {"across the edges of pages, with not one page to spare",
+         {8, 100, W, {3, 3}},
+         {{0, 'a', words(1, 31), 60}},
+         {"a0..30!", "a31~89!"}},
+        {"a prompt waits until all of it has room beside the others",
+         {8, 100, W, {many, 4}},
+         {{0, 'a', words(1, 40), 3}, {0, 'b', words(2, 64), 1}, {0, 'c', words(3, 1), 1}},
+         {"a0..39!", "a40~41!", "b0..63!", "c0!"}},
+        {"the same in the local pool",
+         {8, 100, W, {4, many}},
+         {{0, 'a', words(1, 40), 3}, {0, 'b', words(2, 64), 1}, {0, 'c', words(3, 1), 1}},
+         {"a0..39!", "a40~41!", "b0..63!", "c0!"}},
+    });
+}
+
+TEST_CASE("scheduler: when pages run out the newest waits, and is computed again") {
+    const int W = 64, many = 99;
+    // Both have 3 global pages when a needs a 4th. What b had computed is cached; a takes its last
+    // page, so b finds 64 tokens again.
+    const std::vector<Ask> two{{0, 'a', words(1, 40), 60}, {0, 'b', words(2, 40), 60}};
+    const std::vector<std::string> exchange{"a0..39! b0..39!", "a40~95! b40~95!", "a96~98!",
+                                            "b64..96!", "b97~98!"};
+    play_all({
+        {"global pages", {8, 200, W, {many, 6}}, two, exchange},
+        {"local pages, no window", {8, 200, 999, {6, many}}, two, exchange},
+        {"it goes on before those that came after it",
+         {8, 200, W, {many, 6}},
+         {two[0], two[1], {58, 'c', words(3, 5), 2}},
+         {"a0..39! b0..39!", "a40~95! b40~95!", "a96~98!", "b64..96!", "b97~98!", "c0..4!", "c5!"}},
+        {"in steps of the budget, and no token is drawn twice",
+         {8, 16, W, {many, 6}},
+         {{0, 'a', words(1, 40), 60}, {0, 'b', words(2, 39), 60}},
+         {"a0..15", "a16..31", "a32..39! b0..7", "a40! b8..22", "a41! b23..37", "a42~95! b38~91!",
+          "a96~98!", "b64..79", "b80..92!", "b93~97!"}},
+    });
+}
+
+TEST_CASE("scheduler: a prompt that begins like another takes its pages") {
+    const int W = 64, many = 99;
+    const Ids common = words(1, 300);
+    const auto first = [&](int n) { return Ids(common.begin(), common.begin() + n); };
+    Sequence turn;  // a prompt and its answer
+    turn.tokens = first(40), turn.max_tokens = 30;
+    const Ids talk = turn.tokens + undisturbed(turn, W).ids;
+    const auto twice = [&](const char* title, int n, const char* hit) {
+        return Script{title,
+                      {8, 400, W, {many, many}},
+                      {{0, 'a', first(n), 1}, {1, 'b', first(n), 1}},
+                      {"a0.." + std::to_string(n - 1) + "!", hit}};
+    };
+    play_all({
+        twice("less than a page", 31, "b0..30!"),
+        twice("one page, but one token must be computed", 32, "b0..31!"),
+        twice("one page and a token", 33, "b32!"),
+        twice("two pages less a token", 63, "b32..62!"),
+        twice("two pages, but one token must be computed", 64, "b32..63!"),
+        twice("two pages and a token", 65, "b64!"),
+        twice("past the window", 257, "b256!"),
+        {"only after the step that filled them",
+         {8, 400, W, {many, many}},
+         {{0, 'a', first(65), 1}, {0, 'b', first(65), 1}, {1, 'c', first(65), 1}},
+         {"a0..64! b0..64!", "c64!"}},
+        {"page by page, as a long prompt fills them",
+         {8, 40, W, {many, many}},
+         {{0, 'a', first(70), 2}, {0, 'b', first(70), 1}},
+         {"a0..39", "a40..69! b32..41", "a70! b42..69!"}},
+        {"from one that still runs",
+         {8, 400, W, {many, many}},
+         {{0, 'a', first(70), 4}, {1, 'b', first(64) + words(2, 9), 3}},
+         {"a0..69!", "a70! b64..72!", "a71~72! b73~74!"}},
+        {"from an answer, in the next turn of a talk",
+         {8, 400, W, {many, many}},
+         {{0, 'a', first(40), 30}, {40, 'b', talk + words(2, 9), 1}},
+         {"a0..39!", "a40~68!", "", "b64..78!"}},
+        {"shared pages count once: five of 65 tokens in 2 + 5 pages",
+         {8, 400, W, {13, 13}},
+         {{0, 'a', first(65), 9},
+          {1, 'b', first(65), 8},
+          {1, 'c', first(65), 8},
+          {1, 'd', first(65), 8},
+          {1, 'e', first(65), 8}},
+         {"a0..64!", "a65~72! b64~71! c64~71! d64~71! e64~71!"}},
+    });
+}
+
+TEST_CASE("scheduler: only equal tokens behind equal tokens are taken") {
+    const Ids prompt = words(1, 97);
+    for (int at = 0; at < 97; at++) {
+        Ids other = prompt;
+        other[size_t(at)] = (other[size_t(at)] + 1) % vocabulary;
+        CAPTURE(at);
+        const int hit = std::min(at / page_tokens * page_tokens, 96);
+        const std::string rest = hit == 96 ? "b96!" : "b" + std::to_string(hit) + "..96!";
+        CHECK(play({"", {8, 400, 64, {99, 99}}, {{0, 'a', prompt, 1}, {1, 'b', other, 1}}, {}}) ==
+              std::vector<std::string>{"a0..96!", rest});
+    }
+    // Two equal pages are not the same page: what lies before them differs.
+    const Ids page = words(2, 32), x = words(3, 32), tail = words(4, 1);
+    CHECK(play({"",
+                {8, 400, 64, {99, 99}},
+                {{0, 'a', x + page + tail, 1},
+                 {1, 'b', page + x + tail, 1},
+                 {2, 'c', page + page + page + tail, 1}},
+                {}}) == std::vector<std::string>{"a0..64!", "b0..64!", "c32..96!"});
+}
+
+TEST_CASE("scheduler: what two computed at the same time is cached once") {
+    Machine machine({8, 400, 64, {9, 9}});
+    for (const char name : {'a', 'b'}) machine.add(name, words(1, 65), 1);
+    machine.run();
+    for (const Pool pool : {local_pool, global_pool})
+        CHECK(machine.scheduler.use(pool).cached == 2);
+}
+
+TEST_CASE("scheduler: cached pages go when room is needed, the least recently used first") {
+    const int many = 20;
+    for (const auto& [local, global] : {std::pair(many, 6), {6, many}}) {
+        CAPTURE(local, global);
+        const Limits limits{1, 400, 64, {local, global}};
+        const Ids a = words(1, 65), b = words(2, 65), big = words(3, 97);  // 2, 2, 4 pages to evict
+        play_all({
+            {"the older one goes",
+             limits,
+             {{0, 'a', a, 1}, {1, 'b', b, 1}, {2, 'c', big, 1}, {3, 'd', b, 1}, {4, 'e', a, 1}},
+             {"a0..64!", "b0..64!", "c0..96!", "d64!", "e0..64!"}},
+            {"unless it was used since",
+             limits,
+             {{0, 'a', a, 1},
+              {1, 'b', b, 1},
+              {2, 'x', a, 1},
+              {3, 'c', big, 1},
+              {4, 'd', a, 1},
+              {5, 'e', b, 1}},
+             {"a0..64!", "b0..64!", "x64!", "c0..96!", "d64!", "e0..64!"}},
+        });
+    }
+    play_all({{"of one prefix the end goes first",
+               {1, 400, 64, {many, 6}},
+               {{0, 'a', words(1, 129), 1}, {1, 'b', words(2, 100), 1}, {2, 'c', words(1, 129), 1}},
+               {"a0..128!", "b0..99!", "c64..128!"}}});
+}
+
+// A hit of n pages needs n global pages, and local ones for the last min(32n, W-1) tokens. A prompt
+// of 4 pages and 1 token is cached; then `evicted` of its local pages go.
+TEST_CASE("scheduler: a hit needs the local pages that the window still sees") {
+    struct Case {
+        int window;
+        std::vector<int> hits;  // by `evicted`
+    };
+    for (const auto& [window, hits] : std::vector<Case>{
+             {1, {128, 128, 128, 128, 128}},  // nothing
+             {2, {128, 96, 64, 32, 0}},       // 1 token, so 1 page; they go in the order 3 2 1 0
+             {33, {128, 128, 128, 128, 0}},   // 32 tokens, 1 page; 2 1 0 3
+             {34, {128, 64, 32, 0, 0}},       // 33 tokens, 2 pages; 2 1 0 3
+             {65, {128, 128, 128, 0, 0}},     // 64 tokens, 2 pages; 1 0 3 2
+             {66, {128, 32, 0, 0, 0}},        // 65 tokens, 3 pages; 1 0 3 2
+             {200, {128, 96, 64, 32, 0}},     // everything; 3 2 1 0
+         }) {
+        for (int evicted = 0; evicted <= 4; evicted++) {
+            CAPTURE(window, evicted);
+            const auto lines = play({"",
+                                     {1, 400, window, {9, 99}},
+                                     {{0, 'a', words(1, 129), 1},
+                                      {1, 'b', words(2, 32 * (5 + evicted)), 1},
+                                      {2, 'c', words(1, 129), 1}},
+                                     {}});
+            const int hit = hits[size_t(evicted)];
+            CHECK(lines.back() == "c" + (hit == 128 ? "128!" : std::to_string(hit) + "..128!"));
+        }
+    }
+}
+
+// [4] Windows, limits, ends, leaving --------------------------------------------------------------
+
+int pages_seen(int window) { return (window + page_tokens - 2) / page_tokens + 1; }
+
+TEST_CASE("scheduler: a long sequence holds only the local pages that its window sees") {
+    for (const int window : {1, 2, 31, 32, 33, 34, 40, 63, 64, 65, 66, 100, 128, 129}) {
+        for (const int budget : {7, 32, 50, 300}) {
+            CAPTURE(window, budget);
+            Machine machine({1, budget, window, {pages_seen(window), 9}});
+            REQUIRE(machine.scheduler.fits(9 * page_tokens));
+            const auto job = machine.add('a', words(1, 150), 9 * page_tokens - 150);
+            const Sequence& s = *job->sequence;
+            int most = 0;
+            for (bool more = true; more;) {
+                if (s.computed >= s.prompt_tokens) {  // it decodes from now on
+                    machine.while_it_runs = [&] {
+                        most = std::max(most, machine.scheduler.use(local_pool).held);
+                    };
+                }
+                more = !machine.step().empty();
+            }
+            machine.check_idle();
+            CHECK(most == pages_seen(window));
+            CHECK(most <= window / page_tokens + 2);
+        }
+    }
+}
+
+TEST_CASE("scheduler: what fits runs alone to its end, what does not is refused") {
+    struct Case {
+        int window, local, global, longest;  // tokens of the longest sequence that fits
+    };
+    for (const auto& [window, local, global, longest] : std::vector<Case>{
+             {64, 3, 10, 320},
+             {64, 99, 10, 320},  // the global pool decides
+             {64, 2, 10, 64},    // 64 tokens may lie in 3 pages
+             {64, 1, 10, 32},
+             {33, 2, 10, 320},
+             {34, 2, 10, 64},
+             {32, 2, 10, 320},
+             {32, 1, 10, 32},
+             {2, 1, 10, 32},
+             {1, 1, 10, 320},
+             {1, 1, 1, 32},
+             {999, 4, 10, 128},
+         }) {
+        CAPTURE(window, local, global);
+        for (int tokens = 1; tokens <= 400; tokens++) {
+            CAPTURE(tokens);
+            REQUIRE(Scheduler({8, 9, window, {local, global}}).fits(tokens) == (tokens <= longest));
+        }
+        for (const int budget : {1, 31, 32, 33, 1000}) {
+            Machine machine({8, budget, window, {local, global}});
+            CAPTURE(budget);
+            // The second of each pair meets what the first has left in the cache.
+            for (const int prompt : {1, 1, longest / 2, longest / 2, longest - 1, longest - 1}) {
+                machine.add('a', words(prompt, prompt), longest - prompt);
+                machine.run();
+            }
+            CHECK(machine.scheduler.preemptions() == 0);
+        }
+    }
+}
+
+TEST_CASE("scheduler: an answer ends at a stop id or at max_tokens") {
+    const Ids prompt = words(1, 9);
+    Sequence free;
+    free.tokens = prompt, free.max_tokens = 40;
+    const Ids ids = undisturbed(free, 64).ids;
+    const auto where = [&](int id) {
+        return int(std::find(ids.begin(), ids.end(), id) - ids.begin());
+    };
+    struct Case {
+        const char* title;
+        int max_tokens;
+        Ids stop_ids;
+        int length;
+        Finish finish;
+    };
+    const int sixth = where(ids[6]);  // the first place of that id
+    REQUIRE((sixth > 0 && where(ids[12]) > sixth));
+    for (const auto& [title, max_tokens, stop_ids, length, finish] : std::vector<Case>{
+             {"max_tokens", 5, {}, 5, Finish::length},
+             {"one token", 1, {}, 1, Finish::length},
+             {"a stop id, which counts", 40, {ids[6]}, sixth + 1, Finish::stop},
+             {"the first of two stop ids", 40, {ids[12], ids[6]}, sixth + 1, Finish::stop},
+             {"a stop id as the first token", 40, {ids[0]}, 1, Finish::stop},
+             {"a stop id as the last token", sixth + 1, {ids[6]}, sixth + 1, Finish::stop},
+             {"a stop id that would come later", sixth, {ids[6]}, sixth, Finish::length},
+             {"a stop id never met, though it is in the prompt", 3, {prompt[2]}, 3, Finish::length},
+         }) {
+        INFO(title);
+        Machine machine({8, 100, 64, {9, 9}});
+        const auto job = machine.add('a', prompt, max_tokens, stop_ids);
+        machine.run();
+        CHECK(job->got.ids == Ids(ids.begin(), ids.begin() + length));
+        CHECK(job->got.finish == finish);
+    }
+}
+
+TEST_CASE("scheduler: a cancelled sequence leaves before the next step, from wherever it is") {
+    const int W = 64, many = 99;
+    const std::vector<Ask> two{{0, 'a', words(1, 40), 60}, {0, 'b', words(2, 40), 60}};
+    play_all({
+        {"before it ever ran",
+         {1, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 3}, {0, 'b', words(2, 3), 3}, {0, 'c', words(3, 3), 1}},
+         {"a0..2!", "a3~4!", "c0..2!"},
+         {{1, 'b'}}},
+        {"in its first moment",
+         {1, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 3}, {0, 'b', words(2, 3), 1}},
+         {"b0..2!"},
+         {{0, 'a'}}},
+        {"in the middle of its prompt",
+         {8, 32, W, {many, many}},
+         {{0, 'a', words(1, 90), 3}, {0, 'b', words(2, 40), 1}},
+         {"a0..31", "a32..63", "b0..31", "b32..39!"},
+         {{2, 'a'}}},
+        {"while it decodes, beside others",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 6}, {0, 'b', words(2, 3), 6}},
+         {"a0..2! b0..2!", "a3! b3!", "b4~7!"},
+         {{2, 'a'}}},
+        {"while it waits to be computed again",
+         {8, 200, W, {many, 6}},
+         two,
+         {"a0..39! b0..39!", "a40~95! b40~95!", "a96~98!"},
+         {{58, 'b'}}},
+        {"in the moment in which it would have been preempted",
+         {8, 200, W, {many, 6}},
+         two,
+         {"a0..39! b0..39!", "a40~95! b40~95!", "a96~98!"},
+         {{57, 'b'}}},
+        {"in the moment in which another would have been, for its sake",
+         {8, 200, W, {many, 6}},
+         two,
+         {"a0..39! b0..39!", "a40~95! b40~95!", "b96~98!"},
+         {{57, 'a'}}},
+        {"everyone",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 6}, {0, 'b', words(2, 3), 6}},
+         {"a0..2! b0..2!"},
+         {{1, 'a'}, {1, 'b'}}},
+        {"its whole pages stay for others",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 70), 6}, {1, 'b', words(1, 70), 1}},
+         {"a0..69!", "b64..69!"},
+         {{1, 'a'}}},
+    });
+}
+
+TEST_CASE("scheduler: a cancel while the model computes") {
+    for (const int max_tokens : {1, 5}) {  // the token at hand is its last, or is not
+        Machine machine({8, 100, 64, {9, 9}});
+        const auto job = machine.add('a', words(1, 40), max_tokens);
+        machine.while_it_runs = [&] { job->sequence->cancelled = true; };
+        machine.run();
+        CHECK(job->got.ids.size() == 1);  // it was computed, so it is delivered
+        CHECK(job->got.finish == (max_tokens == 1 ? Finish::length : Finish::abort));
+    }
+}
+
+TEST_CASE("scheduler: remove_all empties it, from whatever moment, and it goes on afterwards") {
+    // a decodes, b reads its prompt, c waits; later b is preempted.
+    for (int moment = 0; moment < 120; moment++) {
+        CAPTURE(moment);
+        Machine machine({2, 30, 64, {8, 6}});
+        machine.add('a', words(1, 40), 60);
+        machine.add('b', words(2, 40), 60);
+        machine.add('c', words(3, 40), 1);
+        for (int i = 0; i < moment; i++) machine.step();
+        machine.abort_all();
+        machine.add('d', words(1, 40), 60);
+        machine.run();
+        if (moment > 80) CHECK(machine.scheduler.preemptions() > 0);
+    }
+}
+
+// [5] Crowds --------------------------------------------------------------------------------------
+
+TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") {
+    for (const int window : {5, 40, 64, 999}) {
+        for (const int budget : {5, 32, 200}) {
+            CAPTURE(window, budget);
+            // 12 sequences of 128 tokens: 48 global pages, and up to 48 local ones.
+            Machine machine({12, budget, window, {12, 12}});
+            std::vector<std::shared_ptr<Job>> jobs;
+            for (int i = 0; i < 12; i++)
+                jobs.push_back(machine.add('a', words(i, 20 + i), 108 - i, {}, uint64_t(i)));
+            machine.run();
+            for (const auto& job : jobs) CHECK(job->got.ids == job->expected.ids);
+            CHECK(machine.scheduler.preemptions() > 0);
+            CHECK(jobs[0]->sequence->preemptions == 0);  // the oldest never gives way
+            int sum = 0;
+            for (const auto& job : jobs) sum += job->sequence->preemptions;
+            CHECK(sum == machine.scheduler.preemptions());
+        }
+    }
+}
+
+// Everyone ends though new ones never stop coming: the wait is bounded by those that came before.
+TEST_CASE("scheduler: nobody starves behind a stream of short ones") {
+    Machine machine({4, 40, 40, {12, 12}});
+    const auto big = machine.add('B', words(0, 300), 50);
+    for (int n = 1; big->got.finish == Finish::none; n++) {
+        REQUIRE(n < 400);
+        machine.add('s', words(n, 1 + n % 9), 1 + n % 5);
+        machine.step();
+    }
+    const auto second = machine.add('C', words(500, 300), 50);
+    const auto behind = machine.live.size();
+    for (size_t n = 1; second->got.finish == Finish::none; n++) {
+        REQUIRE(n < 20 * behind + 400);
+        machine.add('s', words(int(n), 1 + int(n) % 9), 1 + int(n) % 5);
+        machine.step();
+    }
+    machine.run();
+}
+
+TEST_CASE("scheduler: chance finds what tables do not") {
+    int preemptions = 0, shared = 0, cancelled = 0;
+    for (unsigned seed = 1; seed <= 24; seed++) {
+        CAPTURE(seed);
+        std::mt19937 random(seed);
+        const auto pick = [&](int low, int high) {  // both included, the same in every library
+            return low + int(random() % unsigned(high - low + 1));
+        };
+        const int window = pick(0, 3) ? pick(1, 130) : 32 * pick(1, 4);
+        const int longest = pick(70, 250);
+        const Limits limits{pick(1, 16),
+                            pick(0, 2) ? pick(1, 80) : 400,
+                            window,
+                            {pages_seen(window) + pick(0, 30),
+                             (longest + page_tokens - 1) / page_tokens + pick(0, 20)}};
+        Machine machine(limits);
+        for (int to_come = 40; to_come > 0 || !machine.live.empty();) {
+            while (to_come > 0 && pick(0, 3) == 0) {
+                const Ids prompt = words(pick(1, 3), pick(0, 1) * pick(0, longest / 2)) +
+                                   words(pick(4, 2000), pick(1, 33));
+                const int room = longest - int(prompt.size());
+                machine.add('?', prompt, pick(0, 1) ? room : pick(1, room),
+                            pick(0, 3) ? Ids{} : Ids{pick(0, 49)}, uint64_t(pick(0, 9)));
+                to_come--;
+            }
+            for (const auto& job : machine.live) {
+                if (pick(0, 3000) > 0) continue;
+                cancelled += !job->sequence->cancelled.exchange(true);
+            }
+            if (pick(0, 2000) == 0) machine.abort_all();
+            for (const Span& row : machine.step())
+                shared += row.first >= page_tokens && row.last > row.first;
+        }
+        machine.run();
+        preemptions += machine.scheduler.preemptions();
+    }
+    std::printf("960 sequences: %d preemptions, %d prompts continued, %d cancels\n", preemptions,
+                shared, cancelled);
+    CHECK(preemptions > 50);
+    CHECK(shared > 100);
+    CHECK(cancelled > 20);
+}
+
+}  // namespace
