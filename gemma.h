@@ -158,6 +158,7 @@ class Detokenizer {
 // all global layers; one of the local pool covers them in all local layers, and is released once it
 // lies wholly before the window.
 enum Pool { local_pool, global_pool };
+constexpr Pool pools[] = {local_pool, global_pool};
 constexpr int page_tokens = 32;
 
 struct Sampling {

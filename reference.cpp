@@ -404,7 +404,7 @@ class CpuModel : public Model {
 
     // Untouched pages cost nothing: calloc maps large blocks lazily.
     void allocate_pages(const int (&pages)[2]) override {
-        for (const Pool pool : {local_pool, global_pool}) {
+        for (const Pool pool : pools) {
             const size_t floats = std::max<size_t>(1, size_t(pages[pool]) * page_floats(pool));
             kv[pool].reset(static_cast<float*>(std::calloc(floats, sizeof(float))));
             if (!kv[pool])
@@ -465,7 +465,7 @@ void CpuModel::rope_tables(const Batch& b) {
     const int half = c.E / 2;
 #pragma omp for
     for (size_t n = 0; n < b.tokens.size(); n++) {
-        for (const Pool pool : {local_pool, global_pool}) {
+        for (const Pool pool : pools) {
             float* row = cos_sin[pool].data() + n * c.E;
             for (int i = 0; i < half; i++) {
                 const auto inv_freq =
@@ -553,7 +553,7 @@ Results CpuModel::step(const Batch& b) {
         std::fill(row_of.begin() + b.row_start[r], row_of.begin() + b.row_start[r + 1], int(r));
     }
 #ifndef NDEBUG
-    for (const Pool pool : {local_pool, global_pool}) {
+    for (const Pool pool : pools) {
         for (const int page : b.dead[pool]) {
             std::fill_n(kv[pool].get() + page * page_floats(pool), page_floats(pool),
                         std::nanf(""));

@@ -97,17 +97,17 @@ class Pages {
         }
         const int page = idle.back();
         idle.pop_back();
-        books[size_t(page)].holders = 1;
+        books[page].holders = 1;
         return page;
     }
 
     void retain(int page) {
-        Book& book = books[size_t(page)];
+        Book& book = books[page];
         if (book.holders++ == 0) cached.erase(book.place);
     }
 
     void release(int page) {
-        Book& book = books[size_t(page)];
+        Book& book = books[page];
         assert(book.holders > 0);
         if (--book.holders > 0) return;
         if (!book.prefix) return forget(page);
@@ -119,7 +119,7 @@ class Pages {
     void publish(int page, const std::shared_ptr<Prefix>& prefix) {
         if (prefix->page[pool] >= 0) return;
         prefix->page[pool] = page;
-        books[size_t(page)].prefix = prefix;
+        books[page].prefix = prefix;
     }
 
     int available() const { return int(idle.size() + cached.size()); }
@@ -136,7 +136,7 @@ class Pages {
     };
 
     void forget(int page) {
-        if (auto prefix = std::move(books[size_t(page)].prefix)) prefix->page[pool] = -1;
+        if (auto prefix = std::move(books[page].prefix)) prefix->page[pool] = -1;
         idle.push_back(page);
         dead.push_back(page);
     }
@@ -173,7 +173,7 @@ struct Scheduler::State {
     int window_pages() const { return (limits.window + page_tokens - 2) / page_tokens + 1; }
 
     void release(Sequence& s) {
-        for (const Pool pool : {local_pool, global_pool}) {
+        for (const Pool pool : pools) {
             // The last page first: of a prefix that is evicted piece by piece, the start stays.
             for (size_t i = s.pages[pool].size(); i-- > 0;) {
                 if (s.pages[pool][i] >= 0) pages[pool].release(s.pages[pool][i]);
@@ -196,7 +196,7 @@ struct Scheduler::State {
     // Pages for the next `count` tokens; returns for how many of them there was room.
     int grow(Sequence& s, int count) {
         int covered = count;
-        for (const Pool pool : {local_pool, global_pool}) {
+        for (const Pool pool : pools) {
             auto& table = s.pages[pool];
             while (int(table.size()) * page_tokens < s.computed + count) {
                 const int page = pages[pool].allocate();
@@ -218,18 +218,16 @@ struct Scheduler::State {
         std::erase_if(running, drop);
     }
 
+    // The oldest takes pages, the newest gives up its own. In order of age, because only the newest
+    // can be amid its prompt: so no decode row waits for a long one.
     void plan_running(int& budget) {
-        // In order of age: only the newest can be amid its prompt, so no decode row waits for one.
-        std::vector<int> want;
-        for (const auto& s : running) {
-            want.push_back(std::min(int(s->tokens.size()) - s->computed, budget));
-            budget -= want.back();
-        }
-        for (size_t i = 0; i < running.size(); i++) {  // the oldest takes pages, the newest gives
-            if (want[i] == 0) continue;
+        for (size_t i = 0; i < running.size() && budget > 0; i++) {
+            const auto s = running[i];
+            const int want = std::min(int(s->tokens.size()) - s->computed, budget);
             int got = 0;
-            while (i < running.size() && (got = grow(*running[i], want[i])) == 0) preempt_newest();
-            if (got > 0) rows.push_back({running[i], got});
+            while (i < running.size() && (got = grow(*s, want)) == 0) preempt_newest();
+            if (got > 0) rows.push_back({s, got});
+            budget -= got;
         }
     }
 
@@ -253,7 +251,7 @@ struct Scheduler::State {
         while (!chain.empty() && !seen()) chain.pop_back();
         if (chain.empty()) return;
         for (size_t i = 0; i < chain.size(); i++) {
-            for (const Pool pool : {local_pool, global_pool}) {
+            for (const Pool pool : pools) {
                 const int page = pool == local_pool && i < first ? -1 : chain[i]->page[pool];
                 if (page >= 0) pages[pool].retain(page);
                 s.pages[pool].push_back(page);
@@ -295,34 +293,31 @@ struct Scheduler::State {
 
     void build() {
         batch = Batch{};
-        batch.row_start.push_back(0);
+        batch.row_start = {0};
         for (const Row& row : rows) {
-            for (const Pool pool : {local_pool, global_pool}) {
-                batch.pages_per_row =
-                    std::max(batch.pages_per_row, int(row.sequence->pages[pool].size()));
+            for (const auto& table : row.sequence->pages) {
+                batch.pages_per_row = std::max(batch.pages_per_row, int(table.size()));
             }
         }
-        for (size_t r = 0; r < rows.size(); r++) {
-            const Sequence& s = *rows[r].sequence;
-            const int end = s.computed + rows[r].count;
+        for (const Row& row : rows) {
+            const Sequence& s = *row.sequence;
+            const int end = s.computed + row.count, index = int(batch.row_start.size()) - 1;
             for (int i = s.computed; i < end; i++) {
-                batch.tokens.push_back(s.tokens[size_t(i)]);
+                batch.tokens.push_back(s.tokens[i]);
                 batch.positions.push_back(i);
             }
             batch.row_start.push_back(int(batch.tokens.size()));
-            for (const Pool pool : {local_pool, global_pool}) {
+            for (const Pool pool : pools) {
                 auto& table = batch.pages[pool];
                 table.insert(table.end(), s.pages[pool].begin(), s.pages[pool].end());
-                table.resize((r + 1) * size_t(batch.pages_per_row), -1);
+                table.resize(batch.pages_per_row * (batch.row_start.size() - 1), -1);
             }
             if (end == int(s.tokens.size())) {
-                batch.outputs.push_back(
-                    {int(batch.tokens.size()) - 1, int(r), -1, end - s.prompt_tokens, s.sampling});
+                const int last = int(batch.tokens.size()) - 1;
+                batch.outputs.push_back({last, index, -1, end - s.prompt_tokens, s.sampling});
             }
         }
-        for (const Pool pool : {local_pool, global_pool}) {
-            batch.dead[pool] = std::exchange(pages[pool].dead, {});
-        }
+        for (const Pool pool : pools) batch.dead[pool] = std::exchange(pages[pool].dead, {});
     }
 
     // After a step: whole pages may be shared, and local pages behind the window are let go.
@@ -331,12 +326,12 @@ struct Scheduler::State {
         s.computed += count;
         for (int i = filled; i < s.computed / page_tokens; i++) {
             s.prefix = s.prefix->find_or_make(s.tokens.data() + i * page_tokens);
-            for (const Pool pool : {local_pool, global_pool}) {
-                pages[pool].publish(s.pages[pool][size_t(i)], s.prefix);
+            for (const Pool pool : pools) {
+                pages[pool].publish(s.pages[pool][i], s.prefix);
             }
         }
         for (int i = (s.computed - limits.window + 1) / page_tokens; i-- > 0;) {
-            int& page = s.pages[local_pool][size_t(i)];
+            int& page = s.pages[local_pool][i];
             if (page < 0) break;
             pages[local_pool].release(std::exchange(page, -1));
         }
@@ -489,7 +484,7 @@ class Engine {
 
     // With nothing to do, no page may be held: a leak would otherwise show days later.
     void check_books() const {
-        for (const Pool pool : {local_pool, global_pool}) {
+        for (const Pool pool : pools) {
             const PoolUse use = scheduler.use(pool);
             if (use.held == 0 && scheduler.waiting() + scheduler.running() == 0) continue;
             say(text("BUG: idle, but pool %d holds %d pages (%d cached, %d free); %d waiting", pool,
@@ -955,7 +950,7 @@ class Answer {
 
     void put(std::string& out, const Token& token) {
         const int index = token.sequence->choice, token_id = token.result.id;
-        Choice& c = choices[size_t(index)];
+        Choice& c = choices[index];
         if (c.finished) return;  // it came behind a stop string
         Finish finish = token.finish;
         if (finish != Finish::abort) {
@@ -1041,7 +1036,7 @@ class Answer {
 
     // What has come since the last call.
     std::string choice_json(int index) {
-        Choice& c = choices[size_t(index)];
+        Choice& c = choices[index];
         const std::string piece = quote(std::exchange(c.text, {}));
         std::string logprobs = "null";
         std::string(&l)[4] = c.logprobs;

@@ -195,7 +195,7 @@ std::vector<Results> results_of(Model& model, const Limits& limits,
     if (preemptions) *preemptions = scheduler.preemptions();
     std::vector<Results> in_order;
     for (const auto& s : copies) in_order.push_back(all[s.get()]);
-    for (const Pool pool : {local_pool, global_pool}) CHECK(scheduler.use(pool).held == 0);
+    for (const Pool pool : pools) CHECK(scheduler.use(pool).held == 0);
     return in_order;
 }
 
@@ -240,6 +240,29 @@ TEST_CASE("a sequence's bits do not depend on its neighbours, chunks, cache or p
         equal(results_of(*engine.model, limits_of(config, 64, 9), sequences, &preemptions));
         CHECK(preemptions > 0);
     }
+}
+
+// Prints a hash of every bit that a crowd's results have: ./dev sanitize compares builds for
+// processors with other vector widths (AVX-512, AVX2, none), which must agree.
+TEST_CASE("bits", "[.][bits]") {
+    uint64_t hash = 14695981039346656037u;  // FNV-1a
+    const auto add = [&](const auto& value) {
+        unsigned char bytes[sizeof value];
+        std::memcpy(bytes, &value, sizeof value);
+        for (const unsigned char byte : bytes) hash = (hash ^ byte) * 1099511628211u;
+    };
+    for (const char* name : {"1b", "4b", "27b"}) {
+        Engine engine(golden / name);
+        const auto sequences = crowd(engine.checkpoint.config, 16, 11);
+        for (const Results& results :
+             results_of(*engine.model, limits_of(engine.checkpoint.config), sequences)) {
+            for (const Result& r : results) {
+                add(r.id), add(r.logprob), add(r.rank);
+                for (const auto& top : r.top) add(top.id), add(top.logprob);
+            }
+        }
+    }
+    std::printf("bits %016lx\n", static_cast<unsigned long>(hash));
 }
 
 // [sampler] --------------------------------------------------------------------------------------
