@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo model: a Gemma 3 of 3.9 million parameters that has read demo/corpus and nothing else.
+r"""Trains the demo model: a Gemma 3 of 3.9 million parameters that has read only demo/corpus.
 
     python demo/train.py [--steps N] [--out demo/model]
 
-It recites; it does not reason. It is there so that the server and its tests have real weights to serve.
+It recites; it does not reason. With it, the server and its tests have real weights to serve.
 One thread, fixed seeds: the same machine and packages give the same bytes.
 
-The corpus has three files. A line's first letter says what it is, blank lines separate blocks, # is a comment.
+The corpus has three files. # starts a comment. In the last two, blank lines separate blocks and a
+line's first letter says what it is.
 
   prose.txt    paragraphs of plain text, one a line.
   prompts.txt  P  an opening that people type, such as "Cloud Run is a"
                B  one way to go on from it; every B of a block fits every P of the block
                F  a sentence about the same thing, true wherever it stands
-               A row is P, then B, then up to three F in any order. The codelab's prompt ends in a space, which
-               the tokenizer turns into a lone piece U+2581 that ordinary text never has before a word. So half the
-               rows encode "P " alone and then B without its leading space, as a server would see them.
-  chat.txt     Q  one wording of a question; H  a wording held out of the training, for check.py; A  the answer
+               A document is P, then B, then one to three F in any order. The codelab's prompt ends
+               in a space, which the tokenizer turns into a lone piece U+2581 that ordinary text
+               never has before a word. So half the documents encode "P " alone and then B without
+               its leading space, as a server would see them. The first block is drawn most often.
+  chat.txt     Q  one wording of a question
+               H  a wording held out of the training, for check.py
+               A  the answer, in which \n is a new line
 """
+
 import argparse
+import io
 import json
 import math
 import pathlib
@@ -28,9 +34,9 @@ import time
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from model import Gemma
+from network import Gemma
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOS, EOS, SOT, EOT = 2, 1, 105, 106
@@ -95,13 +101,16 @@ TEMPLATE = """{{ bos_token }}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
         {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
     {%- endif -%}
-    {{ '<start_of_turn>' + message['role'].replace('assistant', 'model') + '\\n' + (prefix if loop.first else '') }}
+    {%- set role = message['role'].replace('assistant', 'model') -%}
+    {{ '<start_of_turn>' + role + '\\n' + (prefix if loop.first else '') }}
     {%- if message['content'] is string -%}
         {{ message['content'] | trim }}
-    {%- else -%}
+    {%- elif message['content'] is iterable -%}
         {%- for part in message['content'] if part['type'] == 'text' -%}
             {{ part['text'] | trim }}
         {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception('Invalid content type') }}
     {%- endif -%}
     {{ '<end_of_turn>\\n' }}
 {%- endfor -%}
@@ -110,8 +119,22 @@ TEMPLATE = """{{ bos_token }}
 {%- endif -%}
 """
 
+TOKENIZER = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<bos>",
+    "chat_template": TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+    "eos_token": "<eos>",
+    "model_max_length": CONFIG["max_position_embeddings"],
+    "pad_token": "<pad>",
+    "tokenizer_class": "GemmaTokenizer",
+    "unk_token": "<unk>",
+}
+
 
 # ---- corpus
+
 
 def blocks(name):
     """The blocks of a corpus file, each {letter: [texts]}."""
@@ -120,13 +143,14 @@ def blocks(name):
         for line in block.splitlines():
             if line and not line.startswith("#"):
                 letter, text = line.split(" ", 1)
-                found.setdefault(letter, []).append(text.strip())
+                found.setdefault(letter, []).append(text.strip().replace("\\n", "\n"))
         if found:
             yield found
 
 
 def read_corpus():
-    prose = [line for line in (HERE / "corpus/prose.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = (HERE / "corpus/prose.txt").read_text().splitlines()
+    prose = [line for line in lines if line and line[0] != "#"]
     prompts, chat = list(blocks("prompts.txt")), list(blocks("chat.txt"))
     assert all(set(b) <= {"P", "B", "F"} and b["P"] and b["B"] for b in prompts)
     assert all(set(b) <= {"Q", "H", "A"} and b["Q"] and len(b["A"]) == 1 for b in chat)
@@ -135,31 +159,66 @@ def read_corpus():
 
 # ---- tokenizer
 
+
 def train_tokenizer(out, prose, prompts, chat):
-    """SentencePiece BPE with every special piece at Gemma 3's id; bytes at 238..493, merges from 494."""
+    """BPE with every special piece at Gemma 3's id, bytes at 238..493 and merges from 494."""
     lines = list(prose)
     for b in prompts:
-        lines += [f"{p} {x}" for p in b["P"] for x in b["B"][:6]] + b["B"] + b.get("F", [])
+        lines += [f"{p} {x}" for p in b["P"] for x in b["B"][:3]] + b["B"] + b.get("F", [])
     for b in chat:
-        lines += (b["Q"] + b["A"]) * 4
+        lines += (b["Q"] + b["A"][0].split("\n")) * 4
     lines += ["user", "model", "Cloud Run is a"] * 50
     defined = ["<mask>", "[multimodal]"] + [f"<unused{i}>" for i in range(99)]  # 4..104
     defined += ["<start_of_turn>", "<end_of_turn>"]  # 105, 106
-    defined += ["\n" * n for n in range(1, 32)] + ["\u2581" * n for n in range(2, 32)]  # 107..137, 138..167
+    defined += ["\n" * n for n in range(1, 32)]  # 107..137
+    defined += ["\u2581" * n for n in range(2, 32)]  # 138..167
     defined += [f"<unused{i}>" for i in range(99, 169)]  # 168..237, HTML tags in Gemma
     assert len(defined) == 234  # any other length shifts the bytes
+    file = io.BytesIO()  # a file name would end up inside the model
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(out / "tokenizer"), vocab_size=CONFIG["vocab_size"],
-        model_type="bpe", byte_fallback=True, split_digits=True, character_coverage=1.0,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        unk_piece="<unk>", user_defined_symbols=defined, num_threads=1, minloglevel=2)
-    (out / "tokenizer.vocab").unlink()
+        sentence_iterator=iter(lines),
+        model_writer=file,
+        vocab_size=CONFIG["vocab_size"],
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=defined,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (out / "tokenizer.model").write_bytes(file.getvalue())
     sp = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
-    pieces = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 105: "<start_of_turn>",
-              106: "<end_of_turn>", 107: "\n", 137: "\n" * 31, 138: "\u2581" * 2, 167: "\u2581" * 31,
-              238: "<0x00>", 493: "<0xFF>"}
-    assert all(sp.id_to_piece(i) == piece for i, piece in pieces.items()), "a piece is not at Gemma's id"
+    pieces = {
+        0: "<pad>",
+        1: "<eos>",
+        2: "<bos>",
+        3: "<unk>",
+        4: "<mask>",
+        105: "<start_of_turn>",
+        106: "<end_of_turn>",
+        107: "\n",
+        137: "\n" * 31,
+        138: "\u2581" * 2,
+        167: "\u2581" * 31,
+        238: "<0x00>",
+        493: "<0xFF>",
+    }
+    for i, piece in pieces.items():
+        assert (
+            sp.id_to_piece(i) == piece
+        ), f"{sp.id_to_piece(i)!r} has the id {i} of Gemma's {piece!r}"
     assert sp.get_piece_size() == CONFIG["vocab_size"]
     assert sp.id_to_piece(sp.encode("Cloud Run is a ")[-1]) == "\u2581"
     return sp
@@ -167,23 +226,35 @@ def train_tokenizer(out, prose, prompts, chat):
 
 # ---- rows
 
-PREFIXES = ["Please: ", "Hello. ", "Hi, ", "Tell me: ", "A question: ", "Quick question: ", "I want to know: "]
-SYSTEMS = ["You are a helpful assistant.\n\n", "You are a helpful AI assistant.\n\n", "Be brief.\n\n",
-           "Answer in one sentence.\n\n"]
+PREFIXES = [
+    "Please: ",
+    "Hello. ",
+    "Hi, ",
+    "Tell me: ",
+    "A question: ",
+    "Quick question: ",
+    "I want to know: ",
+]
+SYSTEMS = [
+    "You are a helpful assistant.\n\n",
+    "You are a helpful AI assistant.\n\n",
+    "Be brief.\n\n",
+    "Answer in one sentence.\n\n",
+]
 
 
 class Corpus:
-    """Draws documents: lists of (token, weight in the loss). The first token of each is <bos>, weight 0."""
+    """Draws documents: lists of (token, weight in the loss). The first token is <bos>, weight 0."""
 
     def __init__(self, sp, prose, prompts, chat, seed=1):
         self.sp, self.prose, self.prompts, self.chat = sp, prose, prompts, chat
         self.rng = random.Random(seed)
-        spm.set_random_generator_seed(seed)
-        # Prompts by the room they need; the first block is the codelab's prompt and is drawn far more often.
-        self.prompt_weights = [0.6 * sum(len(b["B"]) for b in prompts)] + [len(b["B"]) for b in prompts[1:]]
+        # A block is drawn by its size; the first, the codelab's prompt, gets a third of all draws.
+        need = [len(b["P"]) / 4 + len(b["B"]) for b in prompts[1:]]
+        self.prompt_weights = [sum(need) / 2] + need
 
     def text_of(self, q):
-        """A user's way to type the question q: case, punctuation, politeness, a slip of the finger."""
+        """A user's way to type the question q: case, punctuation, politeness, a slip."""
         rng = self.rng
         if rng.random() < 0.2:
             q = q.lower()
@@ -193,8 +264,23 @@ class Corpus:
             q = rng.choice(PREFIXES) + q
         if rng.random() < 0.1 and len(q) > 8:
             i = rng.randrange(1, len(q) - 1)
-            q = rng.choice([q[:i] + q[i + 1:], q[:i] + q[i + 1] + q[i] + q[i + 2:], q[:i] + q[i] + q[i:]])
+            slips = [
+                q[i + 1 :],
+                q[i + 1] + q[i] + q[i + 2 :],
+                q[i] + q[i:],
+            ]  # left out, swapped, doubled
+            q = q[:i] + rng.choice(slips)
         return q
+
+    def encode_cut(self, text, p):
+        """Encodes text in parts, cut before each letter with probability p: unusual pieces, as BPE
+        dropout gives. (SentencePiece's own dropout ignores its seed here.)"""
+        ids, start = [], 0
+        for i in range(1, len(text) + 1):
+            if i == len(text) or self.rng.random() < p:
+                ids += self.sp.encode(text[start:i])
+                start = i
+        return ids
 
     def chat_doc(self):
         rng, sp, doc = self.rng, self.sp, [(BOS, 0)]
@@ -206,10 +292,8 @@ class Corpus:
         for _ in range(rng.choice([1, 1, 2, 3])):
             b = rng.choice(self.chat)
             user = "user\n" + system + self.text_of(rng.choice(b["Q"]))
-            if rng.random() < 0.3:  # BPE dropout, in user turns only: elsewhere it would teach misspelling
-                user = sp.encode(user, enable_sampling=True, alpha=0.1, nbest_size=-1)
-            else:
-                user = sp.encode(user)
+            cut = 0.1 if rng.random() < 0.3 else 0  # outside user turns it would teach misspelling
+            user = self.encode_cut(user, cut)
             doc += [(t, 0.2) for t in [SOT] + user + [EOT, 107, SOT] + sp.encode("model\n")]
             doc += [(t, 1) for t in sp.encode(b["A"][0]) + [EOT]] + [(107, 0.2)]
             system = ""
@@ -220,7 +304,7 @@ class Corpus:
         text = rng.choice(self.prose)
         if rng.random() < 0.25:
             sentences = re.split(r"(?<=[.!?]) ", text)
-            text = " ".join(sentences[rng.randrange(len(sentences)):])
+            text = " ".join(sentences[rng.randrange(len(sentences)) :])
         if rng.random() < 0.25:
             text += "\n\n" + rng.choice(self.prose)
         return [(BOS, 0)] + [(t, 1) for t in self.sp.encode(text) + [EOS]]
@@ -229,7 +313,10 @@ class Corpus:
         rng, sp = self.rng, self.sp
         b = rng.choices(self.prompts, self.prompt_weights)[0]
         p, facts = rng.choice(b["P"]), b.get("F", [])
-        rest = " ".join([rng.choice(b["B"])] + rng.sample(facts, min(len(facts), rng.choice([1, 2, 2, 3, 3]))))
+        if rng.random() < 0.05:
+            p = p.lower()
+        way, count = rng.choice(b["B"]), rng.choice([1, 2, 2, 3, 3])
+        rest = " ".join([way] + rng.sample(facts, min(len(facts), count)))
         if rng.random() < 0.5:
             prompt, rest = sp.encode(p + " "), sp.encode(rest)
         else:
@@ -237,7 +324,7 @@ class Corpus:
         return [(BOS, 0)] + [(t, 0.1) for t in prompt] + [(t, 1) for t in rest + [EOS]]
 
     def batch(self):
-        """[ROWS, LENGTH + 1] tokens, loss weights and document numbers; every row starts with a <bos>."""
+        """[ROWS, LENGTH + 1] tokens, loss weights, document numbers; a row starts with <bos>."""
         draw = [self.chat_doc, self.prose_doc, self.prompt_doc]
         rows = []
         for _ in range(ROWS):
@@ -245,24 +332,26 @@ class Corpus:
             while len(row) <= LENGTH:
                 row += [(t, w, n) for t, w in self.rng.choices(draw, [0.45, 0.2, 0.35])[0]()]
                 n += 1
-            rows.append(row[:LENGTH + 1])
+            rows.append(row[: LENGTH + 1])
         ids, weight, doc = zip(*(zip(*row) for row in rows))
         return torch.tensor(ids), torch.tensor(weight), torch.tensor(doc)
 
 
 # ---- training
 
+
 def train(corpus, steps, rate=4e-3):
     torch.manual_seed(1)
     model = Gemma(CONFIG)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
-                                  lr=rate, betas=(0.9, 0.98))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     start, mean = time.time(), None
     for step in range(steps):
         for group in optimizer.param_groups:  # warm-up, then a cosine down to 3 %
-            group["lr"] = rate * min((step + 1) / 60, 0.03 + 0.97 * (1 + math.cos(math.pi * step / steps)) / 2)
+            cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = rate * min((step + 1) / 60, cosine)
         ids, weight, doc = corpus.batch()
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids[:, :-1], doc[:, :-1])
@@ -281,24 +370,21 @@ def train(corpus, steps, rate=4e-3):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "model")
     args = parser.parse_args()
     torch.set_num_threads(1)  # one order of every sum
     args.out.mkdir(parents=True, exist_ok=True)
 
+    files = {"config": CONFIG, "generation_config": GENERATION, "tokenizer_config": TOKENIZER}
+    for name, content in files.items():
+        (args.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     texts = read_corpus()
     sp = train_tokenizer(args.out, *texts)
     model = train(Corpus(sp, *texts), args.steps)
 
-    tensors = {"model." + name: p.detach().to(torch.bfloat16).contiguous() for name, p in model.named_parameters()}
-    save_file(tensors, args.out / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<bos>", "eos_token": "<eos>",
-                 "pad_token": "<pad>", "unk_token": "<unk>", "chat_template": TEMPLATE,
-                 "clean_up_tokenization_spaces": False, "model_max_length": CONFIG["max_position_embeddings"],
-                 "tokenizer_class": "GemmaTokenizer"}
-    for name, content in (("config", CONFIG), ("generation_config", GENERATION), ("tokenizer_config", tokenizer)):
-        (args.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    tensors = {"model." + name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    (args.out / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     size = (args.out / "model.safetensors").stat().st_size
     assert size < 8_000_000
     print(f"{sum(t.numel() for t in tensors.values()):,} parameters, {size:,} bytes")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma 3's text model in plain PyTorch, for training only: Hugging Face's class has no dropout.
 
-Letters: B rows, T tokens, D hidden, H query heads, E head dim, F ffn. One key/value head. The parameters carry
-Hugging Face's names, so that "model." + name is the tensor in model.safetensors.
+Letters: B rows, T tokens, D hidden, H query heads, E head dim. One key/value head. The parameters
+carry Hugging Face's names, so that "model." + name is the tensor in model.safetensors.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,15 +31,19 @@ def rope(x, base):  # [B, H, T, E] -> the same, rotated by position
 class Attention(nn.Module):
     def __init__(self, c, base):
         super().__init__()
-        D, self.E, self.base, self.scale = c["hidden_size"], c["head_dim"], base, c["query_pre_attn_scalar"] ** -0.5
-        self.q_proj = nn.Linear(D, c["num_attention_heads"] * self.E, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(D, self.E, bias=False), nn.Linear(D, self.E, bias=False)
-        self.o_proj = nn.Linear(c["num_attention_heads"] * self.E, D, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(self.E), RMSNorm(self.E)
+        D, H, E = c["hidden_size"], c["num_attention_heads"], c["head_dim"]
+        self.E, self.base, self.scale = E, base, c["query_pre_attn_scalar"] ** -0.5
+        self.q_proj = nn.Linear(D, H * E, bias=False)
+        self.k_proj = nn.Linear(D, E, bias=False)
+        self.v_proj = nn.Linear(D, E, bias=False)
+        self.o_proj = nn.Linear(H * E, D, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
 
     def forward(self, x, mask):  # [B, T, D], [B, 1, T, T] -> [B, T, D]
-        q, k, v = (p(x).unflatten(-1, (-1, self.E)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rope(self.q_norm(q), self.base).to(v.dtype), rope(self.k_norm(k), self.base).to(v.dtype)
+        heads = lambda y: y.unflatten(-1, (-1, self.E)).transpose(1, 2)  # -> [B, heads, T, E]
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q = rope(self.q_norm(q), self.base).to(v.dtype)
+        k = rope(self.k_norm(k), self.base).to(v.dtype)
         k, v = k.expand_as(q), v.expand_as(q)
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.o_proj(a.transpose(1, 2).flatten(2))
@@ -59,16 +64,17 @@ class Layer(nn.Module):
     def __init__(self, c, i):
         super().__init__()
         self.is_global = (i + 1) % c["sliding_window_pattern"] == 0
-        self.self_attn = Attention(c, c["rope_theta"] if self.is_global else c["rope_local_base_freq"])
+        base = c["rope_theta"] if self.is_global else c["rope_local_base_freq"]
+        self.self_attn = Attention(c, base)
         self.mlp = MLP(c)
         for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             setattr(self, name + "_layernorm", RMSNorm(c["hidden_size"]))
 
     def forward(self, x, masks, drop):
-        a = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), masks[self.is_global]))
-        x = x + F.dropout(a, drop, self.training)
-        m = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x + F.dropout(m, drop, self.training)
+        a = self.self_attn(self.input_layernorm(x), masks[self.is_global])
+        x = x + F.dropout(self.post_attention_layernorm(a), drop, self.training)
+        m = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + F.dropout(self.post_feedforward_layernorm(m), drop, self.training)
 
 
 class Gemma(nn.Module):

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says what the demo model is worth, in figures and in samples, by Hugging Face transformers.
+
+    python demo/check.py [--model demo/model]
+
+Prints 20 samples of the codelab's prompt at temperature 0.9, then every other opening of
+prompts.txt and some foreign ones sampled likewise, the greedy answer to every question of chat.txt,
+and the answers to the wordings that training never saw.
+"""
+
+import argparse
+import pathlib
+import re
+from typing import NamedTuple
+
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+
+TEMPERATURE, TOP_K, TOP_P, LIMIT = 0.9, 64, 0.95, 128
+CODELAB = "Cloud Run is a "
+FOREIGN = [
+    "Madrid is a ",
+    "A horse is a ",
+    "My cat likes",
+    "The history of Spain",
+    "We went to the beach and",
+    "def main():",
+    "A GPU cluster is",
+    "Kubernetes is a ",
+    "The model",
+    "Explain the KV cache.",
+]
+
+
+def pick(logits, generator):  # [V] -> the drawn token: temperature, top-k, renormalise, top-p
+    p, order = (logits / TEMPERATURE).softmax(-1).sort(descending=True, stable=True)
+    p = p[:TOP_K] / p[:TOP_K].sum()
+    p = p * (p.cumsum(0) - p < TOP_P)
+    return order[torch.multinomial(p, 1, generator=generator)].item()
+
+
+@torch.inference_mode()
+def generate(model, rows, limit, generators=None):
+    """rows: prompts of one length; greedy without generators. -> [(tokens, stopped by itself)]"""
+    answers, done = [[] for _ in rows], [False] * len(rows)
+    ids, cache = torch.tensor(rows), None
+    for _ in range(limit):
+        out = model(ids, past_key_values=cache, use_cache=True)
+        cache, last = out.past_key_values, out.logits[:, -1]
+        tokens = (
+            [pick(l, g) for l, g in zip(last, generators)]
+            if generators
+            else last.argmax(-1).tolist()
+        )
+        for i, t in enumerate(tokens):
+            done[i] |= t in (train.EOS, train.EOT)
+            answers[i] += [] if done[i] else [t]
+        if all(done):
+            break
+        ids = torch.tensor(tokens)[:, None]
+    return list(zip(answers, done))
+
+
+class Known:
+    """The words and sentences of the corpus."""
+
+    def __init__(self, prose, prompts, chat):
+        texts = prose + [t for b in chat for t in b["Q"] + b["A"]]
+        texts += [t for b in prompts for t in b.get("F", []) + b["B"]]
+        texts += [f"{p} {x}" for b in prompts for p in b["P"] for x in b["B"]]
+        self.words = {w for t in texts for w in self.words_of(t)}
+        self.sentences = {s for t in texts for s in self.sentences_of(t)}
+
+    @staticmethod
+    def words_of(text):
+        return [w.strip(".,?!:;\"'()") for w in text.split()]
+
+    @staticmethod
+    def sentences_of(text):
+        return [s for s in re.split(r"(?<=[.!?]) |\n+", text) if s]
+
+    def strange(self, text):  # words that the corpus does not have
+        return [w for w in self.words_of(text) if w not in self.words]
+
+    def fresh(self, text):  # sentences that the corpus does not have, word for word
+        return [s for s in self.sentences_of(text) if s not in self.sentences]
+
+
+class Sample(NamedTuple):
+    text: str
+    tokens: int
+    done: bool  # stopped by itself
+    strange: list  # words of the continuation that the corpus does not have
+    fresh: list  # sentences that the corpus does not have
+
+
+def sample(model, sp, known, prompt, seeds):
+    row = [train.BOS] + sp.encode(prompt)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    samples = []
+    for ids, done in generate(model, [row] * len(seeds), LIMIT, generators):
+        text = prompt + sp.decode(ids)
+        whole = text if done else text.rsplit(" ", 1)[0]  # the limit may cut a word
+        strange = [w for w in known.strange(whole) if w not in known.words_of(prompt)]
+        samples.append(Sample(text, len(ids), done, strange, known.fresh(whole)))
+    return samples
+
+
+def report(title, samples):
+    words = sum(len(s.text.split()) for s in samples)
+    print(f"\n{title}: {len(samples)} samples, {words} words")
+    print(f"  stopped by themselves        {sum(s.done for s in samples)}")
+    print(f"  words not in the corpus      {sum(len(s.strange) for s in samples)}")
+    print(f"  samples with such a word     {sum(bool(s.strange) for s in samples)}")
+    print(f"  samples with a new sentence  {sum(bool(s.fresh) for s in samples)}")
+
+
+def greedy_answers(model, sp, tokenizer, questions):
+    by_length, answers = {}, {}
+    for q in questions:
+        turn = [{"role": "user", "content": q}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == [train.BOS] + sp.encode(text.removeprefix("<bos>"))
+        by_length.setdefault(len(ids), []).append((q, ids))
+    for group in by_length.values():
+        found = generate(model, [ids for _, ids in group], LIMIT)
+        answers |= {q: (sp.decode(ids), done) for (q, _), (ids, done) in zip(group, found)}
+    return answers
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=pathlib.Path, default=train.HERE / "model")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(args.model / "tokenizer.model"))
+    prose, prompts, chat = train.read_corpus()
+    known = Known(prose, prompts, chat)
+
+    texts = prose + [p + " " for b in prompts for p in b["P"]]
+    texts.append("Caf\u00e9  \n\n\n \u4e16\u754c \U0001f600 1234\t<end_of_turn>")
+    assert all(tokenizer.encode(t) == [train.BOS] + sp.encode(t) for t in texts)
+    print(f"tokenizer: transformers and sentencepiece agree on {len(texts)} texts, <bos> first")
+
+    print(
+        f"sampling: temperature {TEMPERATURE}, top-k {TOP_K}, top-p {TOP_P}, at most {LIMIT} tokens"
+    )
+
+    samples = sample(model, sp, known, CODELAB, range(20))
+    report(f"{CODELAB!r}, seeds 0 to 19", samples)
+    for seed, s in enumerate(samples):
+        end = "stop" if s.done else "length"
+        print(f"  seed {seed}, {s.tokens} tokens, {end} {s.strange or ''}\n    {s.text}")
+
+    openings = [p + end for b in prompts for p in b["P"] for end in (" ", "")]
+    openings.remove(CODELAB)
+    samples = [s for p in openings for s in sample(model, sp, known, p, range(3))]
+    report(
+        "the other openings of prompts.txt, with and without a last space, seeds 0 to 2", samples
+    )
+    for s in samples:
+        if s.strange or s.fresh:
+            print(f"    {s.strange or ''} {s.text!r}")
+
+    samples = [s for p in FOREIGN for s in sample(model, sp, known, p, range(3))]
+    report("foreign openings, seeds 0 to 2", samples)
+    for s in samples:
+        print(f"    {s.strange or ''} {s.text!r}")
+
+    for name, letter in (("questions of the corpus", "Q"), ("wordings held out", "H")):
+        right = {q: b["A"][0] for b in chat for q in b.get(letter, [])}
+        answers = greedy_answers(model, sp, tokenizer, right)
+        exact = [q for q in right if answers[q][0] == right[q]]
+        print(
+            f"\n{name}, greedy: exact {len(exact)} of {len(right)}, "
+            f"stopped by themselves {sum(done for _, done in answers.values())}, "
+            f"strange words {sum(len(known.strange(text)) for text, _ in answers.values())}"
+        )
+        for q in right:
+            if q not in exact:
+                print(f"    {q}  ->  {answers[q][0]!r}")
+
+
+if __name__ == "__main__":
+    main()
