@@ -401,26 +401,34 @@ PoolUse Scheduler::use(Pool pool) const { return state->pages[pool].use(); }
 
 // [3] Engine --------------------------------------------------------------------------------------
 
-// One for each request, whatever its number of prompts and choices.
+// What a choice gets from a step.
+struct Delivery {
+    int choice;
+    Result result;
+    Finish finish;
+};
+
+// One for each request, whatever its number of prompts and choices. It knows no sequence: a
+// sequence holds its inbox, and neither would ever be freed.
 struct Inbox {
     std::mutex mutex;
     std::condition_variable changed;
-    std::deque<Token> tokens;  // guarded by mutex
+    std::deque<Delivery> deliveries;  // guarded by mutex
 
-    void put(Token token) {
+    void put(Delivery delivery) {
         {
             const std::lock_guard lock(mutex);
-            tokens.push_back(std::move(token));
+            deliveries.push_back(std::move(delivery));
         }
         changed.notify_one();
     }
 
     // What has arrived; waits for something, but not for long, so that the caller can look whether
     // its client is still there.
-    std::deque<Token> take() {
+    std::deque<Delivery> take() {
         std::unique_lock lock(mutex);
-        changed.wait_for(lock, std::chrono::milliseconds(50), [&] { return !tokens.empty(); });
-        return std::exchange(tokens, {});
+        changed.wait_for(lock, std::chrono::milliseconds(50), [&] { return !deliveries.empty(); });
+        return std::exchange(deliveries, {});
     }
 };
 
@@ -467,7 +475,8 @@ class Engine {
             }
             for (auto& sequence : news) scheduler.add(std::move(sequence));
             if (abort) {
-                for (const auto& s : scheduler.remove_all()) s->inbox->put({s, {}, Finish::abort});
+                for (const auto& s : scheduler.remove_all())
+                    s->inbox->put({s->choice, {}, Finish::abort});
             }
             const Batch& batch = scheduler.next();
             idle = batch.tokens.empty();
@@ -475,8 +484,7 @@ class Engine {
                 check_books();
             } else {
                 for (Token& t : scheduler.finish(model->step(batch))) {
-                    const auto inbox = t.sequence->inbox;
-                    inbox->put(std::move(t));
+                    t.sequence->inbox->put({t.sequence->choice, std::move(t.result), t.finish});
                 }
             }
         }
@@ -926,7 +934,7 @@ class Answer {
             }
         }
         started = true;
-        for (const Token& token : sequences[0]->inbox->take()) put(out, token);
+        for (const Delivery& delivery : sequences[0]->inbox->take()) put(out, delivery);
         if (unfinished == 0) {
             if (request.stream && request.include_usage) event(out, "", usage());
             out += request.stream ? "data: [DONE]\n\n" : whole();
@@ -948,14 +956,14 @@ class Answer {
         bool finished = false;
     };
 
-    void put(std::string& out, const Token& token) {
-        const int index = token.sequence->choice, token_id = token.result.id;
-        Choice& c = choices[index];
+    void put(std::string& out, const Delivery& d) {
+        const int token_id = d.result.id;
+        Choice& c = choices[d.choice];
         if (c.finished) return;  // it came behind a stop string
-        Finish finish = token.finish;
+        Finish finish = d.finish;
         if (finish != Finish::abort) {
             completion_tokens++;
-            if (request.logprobs >= 0) add_logprobs(c, token.result);
+            if (request.logprobs >= 0) add_logprobs(c, d.result);
             if (finish != Finish::stop)
                 c.held += c.detokenizer.push(token_id);
             else if (token_id != Tokenizer::eos)
@@ -967,10 +975,11 @@ class Answer {
         if (c.finished) {
             static const char* const names[] = {"null", R"("stop")", R"("length")", R"("abort")"};
             c.finish_reason = names[int(finish)];
-            token.sequence->cancelled = true;  // a stop string ends it here, not in the scheduler
+            sequences[d.choice]->cancelled =
+                true;  // a stop string ends it here, not in the scheduler
             unfinished--;
         }
-        if (request.stream) event(out, choice_json(index));
+        if (request.stream) event(out, choice_json(d.choice));
     }
 
     // The part of the held text that may go out. The earliest stop string cuts it and ends the
