@@ -477,8 +477,8 @@ std::string find_model(const std::string& model) {
     fs::file_time_type newest = fs::file_time_type::min();
     if (!is_there(found + "/config.json"))  // no refs/main: the newest
         for (const auto& entry : fs::directory_iterator(snapshots, ignored))
-            if (entry.last_write_time() > newest)
-                newest = entry.last_write_time(), found = entry.path();
+            if (const auto time = entry.last_write_time(ignored); !ignored && time > newest)
+                newest = time, found = entry.path();
     if (is_there(found + "/config.json")) return found;
     refuse(model, "no config.json in " + model + " or " + snapshots.string() + "/*",
            "a directory that has one, or the name of a model in the cache: to get it, accept its "

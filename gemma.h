@@ -2,8 +2,7 @@
 //
 // gemma.h: every noun of gemma.cu, and the letters of every shape. The only project header.
 //
-//     HTTP bytes --server.cpp--> Sequence --Scheduler--> Batch --Model::step--> Result --> HTTP
-//     bytes
+//     HTTP --server.cpp--> Sequence --Scheduler--> Batch --Model::step--> Result --> HTTP
 //
 // Letters, the same everywhere; a pointer's comment gives its shape in them:
 //   N tokens of one step         R rows (sequences) of one step     V logits (embedding rows)
@@ -253,9 +252,8 @@ class Scheduler {
     ~Scheduler();
     bool fits(int tokens) const;  // could a sequence that grows to so many tokens ever run?
     void add(std::shared_ptr<Sequence> sequence);
-    const Batch& next();                                  // empty: nothing to do
-    std::vector<Token> finish(const Results& results);    // of the Batch that next() gave
-    std::vector<std::shared_ptr<Sequence>> remove_all();  // aborts whatever waits or runs
+    const Batch& next();                                // empty: nothing to do
+    std::vector<Token> finish(const Results& results);  // of the Batch that next() gave
     int waiting() const, running() const, preemptions() const;
     PoolUse use(Pool pool) const;
 

@@ -948,6 +948,25 @@ TEST_CASE("bodies that are no request", "[http]") {
     check_refusal(send(server().port, "POST", completions, large), 413, {"4 MiB"});
 }
 
+TEST_CASE("a body is counted as it comes, and a Range cuts no answer", "[http]") {
+    const auto chunked = [](size_t size) {
+        Raw raw(server().port);
+        raw.write(
+            "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n");
+        const std::string body = R"({"prompt":"a"})" + std::string(size, ' ');
+        raw.write(text("%zx\r\n", body.size()) + body + "\r\n0\r\n\r\n");
+        return raw.read_until("}");
+    };
+    CHECK(chunked(0).find(R"({"count":2,)") != std::string::npos);
+    CHECK(chunked(5 << 20).find("HTTP/1.1 413") == 0);
+    httplib::Headers part = as_json;
+    part.emplace("Range", "bytes=0-10");
+    const Reply whole = send(server().port, "POST", "/tokenize", R"({"prompt":"a"})", part);
+    CHECK(whole.status == 200);
+    CHECK(whole.parsed()["count"] == 2);
+}
+
 TEST_CASE("content type, model, path and method", "[http]") {
     const std::string good = write(with(base(completions), {{"max_tokens", 1}}));
     for (const char* type : {"text/plain", "application/x-www-form-urlencoded"}) {
@@ -1158,6 +1177,9 @@ TEST_CASE("flags that end the program say why", "[http]") {
         [["--max-model-len", "1G"], "", 1, ["max-model-len must be"]],
         [["--seed", "x"], "", 1, ["seed must be an integer"]],
         [["--device", "tpu"], "", 1, ["auto, cuda or cpu"]],
+        [["--block-size", "banana"], "PORT=0", 1, ["block-size", "banana"]],
+        [["--gpu-memory-utilization", "2"], "PORT=0", 1, ["gpu-memory-utilization", "at most 1"]],
+        [[], "MAX_MODEL_LEN=x", 1, ["$MAX_MODEL_LEN", "max-model-len"]],
         [["--max-model-len", "40000"], "PORT=0", 1, ["40000", "32768 positions"]],
         [["--num-gpu-blocks-override", "8", "--max-model-len", "1000"], "PORT=0", 1,
             ["1000", "32 pages", "room for 8"]],

@@ -153,13 +153,6 @@ class Machine {
             must(scheduler.use(pool).held == 0, "idle, and a page is held");
     }
 
-    void abort_all() {
-        const auto all = scheduler.remove_all();
-        must(all.size() == live.size(), "remove_all left something out");
-        for (const auto& s : all) end(job_of(*s), Finish::abort);
-        check_idle();
-    }
-
     const Limits limits;
     Scheduler scheduler;
     std::list<std::shared_ptr<Job>> live;  // in the order of arrival
@@ -851,20 +844,33 @@ TEST_CASE("scheduler: a cancel while the model computes") {
     }
 }
 
-TEST_CASE("scheduler: remove_all empties it, from whatever moment, and it goes on afterwards") {
-    // a decodes, b reads its prompt, c waits; later b is preempted.
-    for (int moment = 0; moment < 120; moment++) {
-        CAPTURE(moment);
-        Machine machine({2, 30, 64, {8, 6}});
-        machine.add('a', words(1, 40), 60);
-        machine.add('b', words(2, 40), 60);
-        machine.add('c', words(3, 40), 1);
-        for (int i = 0; i < moment; i++) machine.step();
-        machine.abort_all();
-        machine.add('d', words(1, 40), 60);
-        machine.run();
-        if (moment > 80) CHECK(machine.scheduler.preemptions() > 0);
+TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
+    // The pools that plan_memory gives 16 rows of a window of 64: 3 local pages each, 3 for a step.
+    Scheduler scheduler({16, 64, 64, {16 * 3 + 3, 1000}});
+    const auto add = [&](int prompt, int max_tokens) {
+        auto s = std::make_shared<Sequence>();
+        s->tokens.assign(size_t(prompt), 7);
+        s->tokens[0] = int(prompt + scheduler.running());  // no shared prefixes
+        s->prompt_tokens = prompt, s->max_tokens = max_tokens;
+        scheduler.add(s);
+        return s;
+    };
+    const auto step = [&] {
+        const Batch batch = scheduler.next();
+        scheduler.finish(Results(batch.outputs.size()));
+        return batch;
+    };
+    for (int i = 0; i < 15; i++) {
+        add(70 + i, 1000);  // at all places within a page
+        for (int n = 0; n < 5; n++) step();
     }
+    for (int n = 0; n < 100; n++) {
+        const auto newcomer = add(1, 1);
+        const Batch batch = step();
+        CHECK(batch.outputs.size() == 16);
+        CHECK(newcomer->tokens.size() == 2);
+    }
+    CHECK(scheduler.preemptions() == 0);
 }
 
 // [5] Crowds --------------------------------------------------------------------------------------
@@ -937,7 +943,6 @@ TEST_CASE("scheduler: chance finds what tables do not") {
                 if (pick(0, 3000) > 0) continue;
                 cancelled += !job->sequence->cancelled.exchange(true);
             }
-            if (pick(0, 2000) == 0) machine.abort_all();
             for (const Span& row : machine.step())
                 shared += row.first >= page_tokens && row.last > row.first;
         }
