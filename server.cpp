@@ -913,9 +913,9 @@ class Answer {
         return request.stream ? "text/event-stream; charset=utf-8" : "application/json";
     }
 
-    // Called again and again by the HTTP library until the answer is done; false: the client left.
+    // Called again and again by the HTTP library until the answer is done; false: the client left,
+    // as a write finds out, or a look while there is nothing to write.
     bool pump(httplib::DataSink& sink) {
-        if (!sink.is_writable()) return false;
         std::string out;
         if (request.stream && request.chat && !started) {
             for (size_t i = 0; i < choices.size(); i++) {
@@ -931,7 +931,8 @@ class Answer {
             if (request.stream && request.include_usage) event(out, "", usage());
             out += request.stream ? "data: [DONE]\n\n" : whole();
         }
-        if (!out.empty() && !sink.write(out.data(), out.size())) return false;
+        if (out.empty()) return sink.is_writable();
+        if (!sink.write(out.data(), out.size())) return false;
         if (unfinished == 0) sink.done();
         return true;
     }
