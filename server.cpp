@@ -25,6 +25,7 @@
 #include <csignal>
 #include <ctime>
 #include <deque>
+#include <filesystem>
 #include <fstream>
 #include <future>
 #include <limits>
@@ -1499,7 +1500,7 @@ int main(int argc, char** argv) try {
     if (!std::getenv("GEMMA_STARTED")) {
         setenv("GEMMA_STARTED", gemma::text("%.3f", gemma::now()).c_str(), 1);
         setenv("GOMP_SPINCOUNT", "2000", 0);
-        execv("/proc/self/exe", argv);
+        execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // by name, for ps
     }
     const std::vector<std::string> args(argv + 1, argv + argc);
     if (std::count(args.begin(), args.end(), "--help")) return std::puts(gemma::help().c_str()) < 0;
