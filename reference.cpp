@@ -130,7 +130,7 @@ inline void dot_tile(float* y, i64 y_stride, const W* w, i64 w_stride, const flo
         for (int r = 0; r < ROWS; r++) {
             weights[r] = load(w + r * w_stride + k);
             // The next tile's weights: alone the hardware restarts with each row, and decode at
-            // batch 1 reads 20 GB/s instead of 26 (of 29 that two cores of a Xeon can).
+            // batch 1 reads 20 GB/s instead of 26 (two cores of a Xeon).
             __builtin_prefetch(w + (r + ROWS) * w_stride + k);
         }
         for (int t = 0; t < TOKENS; t++) {

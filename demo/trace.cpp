@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <map>
 
-#include "gemma.h"
+#include "tests/run.h"
 
 using namespace gemma;
 
@@ -65,13 +65,10 @@ int main(int argc, char** argv) try {
     std::map<const Sequence*, std::string> answers;
     std::vector<std::shared_ptr<Sequence>> sequences;
     for (const std::string& prompt : prompts) {
-        auto s = std::make_shared<Sequence>();
-        s->tokens = tokenizer.encode_with_controls(prompt);
-        s->tokens.insert(s->tokens.begin(), Tokenizer::bos);
-        s->prompt_tokens = int(s->tokens.size());
-        s->max_tokens = tokens ? std::max(1, std::atoi(tokens)) : 16;
-        s->sampling.temperature = 0;
-        s->sampling.logprobs = 5;
+        std::vector<int> ids = tokenizer.encode_with_controls(prompt);
+        ids.insert(ids.begin(), Tokenizer::bos);
+        const auto s = sequence(ids, tokens ? std::max(1, std::atoi(tokens)) : 16,
+                                {.temperature = 0, .logprobs = 5});
         s->stop_ids = checkpoint.config.eos;
         if (!scheduler.fits(s->prompt_tokens + s->max_tokens))
             throw Error("a prompt is longer than the trace's pages");
