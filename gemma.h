@@ -168,6 +168,13 @@ struct Sampling {
     int logprobs = -1;  // alternatives wanted, 0 to 20; -1: not even the token's own
 };
 
+// What logit_bias and penalties make of one id's logit z before it is sampled, in vLLM's order:
+// z += bias;  z = z > 0 ? z / repetition : z * repetition;  z -= penalty
+struct Adjustment {
+    int id;
+    float bias = 0, repetition = 1, penalty = 0;
+};
+
 // One thing that a step returns, about the token that follows batch.tokens[token].
 struct Output {
     int token;  // index into the N tokens
@@ -175,6 +182,9 @@ struct Output {
     int target = -1;  // -1: sample. Else: the logprob of this id
     int index = 0;    // how many tokens were generated before this one: the draw depends on it
     Sampling sampling;
+    std::vector<Adjustment> adjustments;  // an id at most once
+    // Bit id%32 of word id/32: may it be sampled? [ceil(vocab/32)], one bit at least; none: all may
+    std::shared_ptr<const std::vector<uint32_t>> allowed;
 };
 
 // One step's work, ragged: row r has the tokens row_start[r] .. row_start[r+1]-1, at consecutive
@@ -280,5 +290,17 @@ class Model {
 
 // The checkpoint must outlive the model.
 std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint);
+
+struct CudaOptions {
+    int max_num_seqs = 256, max_batched_tokens = 8192;  // rows and tokens of a step, at most
+    double memory_utilization = 0.9;                    // share of the GPU's memory to use in all
+};
+
+// Only in builds with GEMMA_CUDA. Error: the model does not fit, with the bytes it needs and has.
+std::unique_ptr<Model> open_cuda(const Checkpoint& checkpoint, const CudaOptions& options);
+// Tokens of a step by default: few on a small GPU, so that those who decode wait less for a prompt.
+int cuda_step_tokens();
+// Why no GPU can be used, and what to do about it, in one sentence; "" if there is one.
+std::string cuda_missing();
 
 }  // namespace gemma

@@ -331,11 +331,29 @@ void cut_top_p(std::vector<uint64_t>& keys, float top_p, auto&& weight_of) {
     }
 }
 
+// What is sampled from: the logits adjusted, and -infinity, whose weight is 0, where an id is not
+// allowed.
+std::vector<float> adjust(const float* logits, const Config& c, const Output& out) {
+    std::vector<float> adjusted(logits, logits + c.V);
+    for (const Adjustment& a : out.adjustments) {
+        float& z = adjusted[a.id];
+        z += a.bias;
+        z = z > 0 ? z / a.repetition : z * a.repetition;
+        z -= a.penalty;
+    }
+    for (int id = 0; out.allowed && id < c.vocab; id++) {
+        const bool allowed = (*out.allowed)[id / 32] >> id % 32 & 1;
+        if (!allowed) adjusted[id] = -std::numeric_limits<float>::infinity();
+    }
+    return adjusted;
+}
+
 // The next token of logits[vocab]: min-p, then top-k, renormalised, then top-p; the draw is the
 // first id whose cumulative weight exceeds hash * total / 2^64.
-int sample(const float* logits, int vocab, const Sampling& s, int index) {
-    const float* best = std::max_element(logits, logits + vocab);
-    if (s.temperature < 1e-5f) return int(best - logits);
+int sample(const std::vector<float>& logits, int vocab, const Output& out) {
+    const Sampling& s = out.sampling;
+    const auto best = std::max_element(logits.begin(), logits.begin() + vocab);
+    if (s.temperature < 1e-5f) return int(best - logits.begin());
     const float top = *best, scale = float(1.4426950408889634 / s.temperature);
     const auto weight_of = [&](uint64_t key) { return weight(logits[uint32_t(key)], top, scale); };
     const auto least = std::max<uint64_t>(1, uint64_t(s.min_p * 0x1p40f));
@@ -353,13 +371,13 @@ int sample(const float* logits, int vocab, const Sampling& s, int index) {
     uint64_t total = 0;
     for (const uint64_t key : keys) total += weight_of(key);
     const auto draw =
-        uint64_t((static_cast<unsigned __int128>(hash(s.seed, uint64_t(index))) * total) >> 64);
+        uint64_t((static_cast<unsigned __int128>(hash(s.seed, uint64_t(out.index))) * total) >> 64);
     uint64_t sum = 0;
     for (const uint64_t key : keys) {
         if ((sum += weight_of(key)) > draw) return int(uint32_t(key));
     }
     assert(false);
-    return int(best - logits);
+    return int(best - logits.begin());
 }
 
 // log softmax of `id` and of the `count` likeliest, over all V logits, filler rows included.
@@ -580,7 +598,7 @@ Results CpuModel::step(const Batch& b) {
                 const float* row = logits.data() + i * c.V;
                 Result& result = results[first + i];
                 result.id =
-                    out.target >= 0 ? out.target : sample(row, c.vocab, out.sampling, out.index);
+                    out.target >= 0 ? out.target : sample(adjust(row, c, out), c.vocab, out);
                 if (out.target >= 0 || out.sampling.logprobs >= 0)
                     log_softmax(result, row, c.V, std::max(0, out.sampling.logprobs));
             }

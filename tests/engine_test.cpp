@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The engine against Hugging Face (tolerances, derived and printed) and against itself (equalities,
-// to the last bit). tests/make_golden.py made the numbers.
+// The engines against Hugging Face (tolerances, derived and printed) and against themselves
+// (equalities, to the last bit). tests/make_golden.py made the numbers.
+//
+// GEMMA_CUDA=1 adds the CUDA engine where it can run. GEMMA_EMULATED=1 says that it is gemma.cu
+// compiled for the CPU by tests/cuda_on_cpu.h: it runs alone, and the tests do less.
 #include <cmath>
 #include <map>
 #include <random>
@@ -14,13 +17,57 @@
 using namespace gemma;
 using nlohmann::json;
 
+#ifndef GEMMA_CUDA
+#define GEMMA_CUDA 0
+#endif
+#ifndef GEMMA_EMULATED
+#define GEMMA_EMULATED 0
+#endif
+
 namespace {
 
 const std::filesystem::path golden = repository / "tests/golden";
+constexpr bool emulated = GEMMA_EMULATED;
+
+enum class Device { cpu, cuda };
+const char* name_of(Device device) { return device == Device::cpu ? "CPU" : "CUDA"; }
+
+// What each test runs on. Says once what is left out.
+const std::vector<Device>& devices() {
+    static const std::vector<Device> all = [] {
+        std::vector<Device> found;
+        if (!emulated) found.push_back(Device::cpu);
+#if GEMMA_CUDA
+        const std::string missing = cuda_missing();
+        if (missing.empty()) {
+            found.push_back(Device::cuda);
+        } else {
+            std::printf("skipped: the CUDA engine: %s\n", missing.c_str());
+        }
+#endif
+        if (emulated) {
+            std::printf(
+                "emulated: without the CPU engine's own runs; every 16th id's logprob, 1,000 draws "
+                "instead of 20,000, crowds of 5 sequences instead of 65 and 3 budgets instead of "
+                "11\n");
+        }
+        if (found.empty()) throw std::runtime_error("there is no engine to test");
+        return found;
+    }();
+    return all;
+}
+
+std::unique_ptr<Model> open(const Checkpoint& checkpoint, Device device) {
+#if GEMMA_CUDA
+    if (device == Device::cuda) return open_cuda(checkpoint, {256, 4096, 0.5});
+#endif
+    (void)device;
+    return open_cpu(checkpoint);
+}
 
 struct Engine {
-    explicit Engine(const std::filesystem::path& directory, int pages = 1024)
-        : checkpoint(directory.string()), model(open_cpu(checkpoint)) {
+    Engine(const std::filesystem::path& directory, Device device, int pages = 1024)
+        : checkpoint(directory.string()), model(open(checkpoint, device)) {
         model->allocate_pages({pages, pages});
     }
     Checkpoint checkpoint;
@@ -44,8 +91,8 @@ std::vector<double> log_softmax(const float* logits, int V) {
     return out;
 }
 
-// The whole of `ids` in one step, with the logprob of every id of the vocabulary at `positions`.
-Results score(Engine& engine, const std::vector<int>& ids, const std::vector<int>& positions) {
+// The whole of `ids` as the one row of a step.
+Batch one_row(const std::vector<int>& ids) {
     Batch batch;
     batch.tokens = ids;
     batch.row_start = {0, int(ids.size())};
@@ -54,11 +101,30 @@ Results score(Engine& engine, const std::vector<int>& ids, const std::vector<int
     for (auto& table : batch.pages) {
         for (int i = 0; i < batch.pages_per_row; i++) table.push_back(i);
     }
+    return batch;
+}
+
+// The logprobs of every `stride`th id of the vocabulary at each of `positions`, in one step.
+Results score(Engine& engine, const std::vector<int>& ids, const std::vector<int>& positions,
+              int stride = 1) {
+    Batch batch = one_row(ids);
     for (const int position : positions) {
-        for (int id = 0; id < engine.checkpoint.config.V; id++) {
-            batch.outputs.push_back({position, 0, id, 0, {}});
+        for (int id = 0; id < engine.checkpoint.config.V; id += stride) {
+            batch.outputs.push_back({position, 0, id, 0, {}, {}, nullptr});
         }
     }
+    return engine.model->step(batch);
+}
+
+// What the engine thinks of each id of `greedy` after the prompt and those before it, and its `top`
+// likeliest ids there.
+Results follow(Engine& engine, std::vector<int> ids, const std::vector<int>& greedy, int top) {
+    const int first = int(ids.size()) - 1;
+    ids.insert(ids.end(), greedy.begin(), greedy.end());
+    Batch batch = one_row(ids);
+    for (int i = 0; i < int(greedy.size()); i++)
+        batch.outputs.push_back(
+            {first + i, 0, greedy[size_t(i)], i, {.logprobs = top}, {}, nullptr});
     return engine.model->step(batch);
 }
 
@@ -68,55 +134,122 @@ std::vector<int> ids_of(const Results& results) {
     return ids;
 }
 
-void check_golden(const std::string& name) {
+// How far an engine's logprobs may be from Hugging Face's fp32 run.
+//
+// The CPU engine is fp32 too, so both differ by the roundings of their sums. What they cost
+// transformers was measured against float64; ours may cost as much, the difference is at most their
+// sum, and a factor of 4 covers other inputs' extremes. Then log softmax: the largest rounding of a
+// logprob near -32, and 2^-40 steps of V probabilities.
+//
+// The CUDA engine rounds to bf16 what transformers wholly in bf16 rounds, or less (the residual
+// stream and all sums stay fp32), so it may be off by as much as that run, which was measured on a
+// few rows only: again a factor of 4.
+double tolerance_of(const json& g, Device device, int V) {
+    const double roundings = device == Device::cpu ? 8 * double(g["fp64_max_abs_diff"])
+                                                   : 4 * double(g["bf16_max_abs_diff"]);
+    return roundings + 0x1p-19 + V * 0x1p-40;
+}
+
+struct Difference {
+    double worst = 0, squares = 0, count = 0;
+    void add(double a, double b) {
+        worst = std::max(worst, std::abs(a - b));
+        squares += (a - b) * (a - b), count++;
+    }
+    double rms() const { return std::sqrt(squares / count); }
+};
+
+void check_difference(const Difference& d, double tolerance, Device device,
+                      const std::string& model) {
+    std::printf("%-4s %-10s max |logprob - Hugging Face's| %.2e = %2.0f%% of the tolerance\n",
+                name_of(device), model.c_str(), d.worst, 100 * d.worst / tolerance);
+    CHECK(d.worst <= tolerance);
+}
+
+// What the engine says after each prompt: the CPU's its own greedy text, which must be Hugging
+// Face's to the letter. A tolerance of the CUDA engine is larger than most gaps between two best
+// logits, and after the first other id texts have nothing in common: it is led along Hugging Face's
+// text, each id of which must be as good as its own best, but for twice the tolerance (one may be
+// too low by it, the other too high). Where the gap is larger than that, both are the same id.
+std::vector<Results> check_greedy(Engine& engine, Device device, const json& prompts,
+                                  double tolerance, int top) {
+    Scheduler scheduler(limits_of(engine.checkpoint.config, 256, 512));
+    std::vector<std::shared_ptr<Sequence>> sequences;
+    std::vector<Results> answers;
+    for (const json& prompt : prompts) {
+        const std::vector<int> ids = prompt["ids"], greedy = prompt["greedy"];
+        if (device == Device::cuda) {
+            answers.push_back(follow(engine, ids, greedy, top));
+            continue;
+        }
+        sequences.push_back(sequence(ids, int(greedy.size()), {.temperature = 0, .logprobs = top}));
+        scheduler.add(sequences.back());
+    }
+    auto all = run(*engine.model, scheduler);
+    for (const auto& s : sequences) answers.push_back(all[s.get()]);
+    size_t best = 0, total = 0;
+    for (size_t p = 0; p < answers.size(); p++) {
+        INFO("prompt of " << prompts[p]["ids"].size() << ", smallest gap "
+                          << prompts[p]["min_gap"]);
+        CHECK(ids_of(answers[p]) == prompts[p]["greedy"].get<std::vector<int>>());
+        for (const Result& r : answers[p]) {
+            CHECK(r.logprob >= r.top.at(0).logprob - 2 * tolerance);
+            best += r.rank == 1, total++;
+        }
+    }
+    if (device == Device::cuda)
+        std::printf("CUDA %zu of %zu greedy ids are its own best\n", best, total);
+    return answers;
+}
+
+void check_golden(const std::string& name, Device device) {
     const json g = json::parse(read_file(golden / (name + ".json")));
     const std::vector<float> logits = read_floats(golden / g["logits_file"]);
-    const int V = g["vocab_size"];
-    // Two fp32 programs differ by the roundings of their sums. What they cost transformers was
-    // measured against float64; ours may cost as much, the difference is at most their sum, and a
-    // factor of 4 covers other inputs' extremes. Then log softmax: the largest rounding of a
-    // logprob near -32, and 2^-40 steps of V probabilities.
-    const double tolerance = 8 * double(g["fp64_max_abs_diff"]) + 0x1p-19 + V * 0x1p-40;
+    const int V = g["vocab_size"], stride = emulated ? 16 : 1;
+    const double tolerance = tolerance_of(g, device, V);
+    const auto row = [&](int i) { return log_softmax(logits.data() + size_t(i) * size_t(V), V); };
     for (const std::string directory : g["checkpoints"]) {
+        INFO(name_of(device) << ", " << directory);
         Engine engine(std::filesystem::exists(golden / directory) ? golden / directory
-                                                                  : repository / directory);
-        double worst = 0;
+                                                                  : repository / directory,
+                      device);
+        Difference ours, low;
         for (const json& prompt : g["prompts"]) {
             std::vector<int> ids = prompt["ids"];
             const std::vector<int> greedy = prompt["greedy"], positions = prompt["positions"];
-            const size_t prompt_size = ids.size();
+            const int first_row = prompt["first_row"], last = int(ids.size()) - 1;
+            const auto low_row = row(prompt["bf16_row"]);
             ids.insert(ids.end(), greedy.begin(), greedy.end());
-            const Results results = score(engine, ids, positions);
-            for (size_t i = 0; i < positions.size(); i++) {
-                const auto want =
-                    log_softmax(logits.data() + (size_t(prompt["first_row"]) + i) * size_t(V), V);
-                for (int id = 0; id < V; id++) {
-                    worst = std::max(worst, std::abs(want[size_t(id)] -
-                                                     results[i * size_t(V) + size_t(id)].logprob));
+            const Results results = score(engine, ids, positions, stride);
+            auto result = results.begin();
+            for (int i = 0; i < int(positions.size()); i++) {
+                const auto want = row(first_row + i);
+                for (size_t id = 0; id < want.size(); id += size_t(stride)) {
+                    ours.add(result++->logprob, want[id]);
+                    if (positions[size_t(i)] == last) low.add(low_row[id], want[id]);
                 }
             }
-            ids.resize(prompt_size);
-            Scheduler scheduler(limits_of(engine.checkpoint.config));
-            const auto s = sequence(ids, int(greedy.size()), {.temperature = 0});
-            scheduler.add(s);
-            INFO(directory << ", prompt of " << prompt_size << ", smallest gap "
-                           << prompt["min_gap"]);
-            CHECK(ids_of(run(*engine.model, scheduler)[s.get()]) == greedy);
         }
-        std::printf("%-8s max |logprob - Hugging Face's| %.2e = %2.0f%% of the tolerance\n",
-                    directory.c_str(), worst, 100 * worst / tolerance);
-        CHECK(worst <= tolerance);
+        check_difference(ours, tolerance, device, directory);
+        // The mean needs no factor for extremes: it tells a rounding that is too coarse.
+        if (device == Device::cuda)
+            std::printf("CUDA %-10s rms %.2e, of transformers in bf16 %.2e\n", directory.c_str(),
+                        ours.rms(), low.rms());
+        CHECK(ours.rms() <= low.rms());
+        check_greedy(engine, device, g["prompts"], tolerance, 1);
     }
 }
 
 }  // namespace
 
 TEST_CASE("logits and greedy text are Hugging Face's, in every branch of the family") {
-    for (const char* name : {"1b", "270m", "4b", "27b", "v5"}) check_golden(name);
+    for (const Device device : devices()) {
+        for (const char* name : {"1b", "270m", "4b", "27b", "v5"}) check_golden(name, device);
+    }
 }
 
 TEST_CASE("the demo model's logits and 200 greedy tokens are Hugging Face's") {
-    check_golden("demo");
+    for (const Device device : devices()) check_golden("demo", device);
 }
 
 TEST_CASE("real Gemma 3 270M: greedy text and the 20 likeliest tokens are Hugging Face's",
@@ -124,37 +257,46 @@ TEST_CASE("real Gemma 3 270M: greedy text and the 20 likeliest tokens are Huggin
     const char* directory = std::getenv("GEMMA_REAL");
     if (!directory) SKIP_BECAUSE("GEMMA_REAL does not name a directory with google/gemma-3-270m");
     const json g = json::parse(read_file(golden / "real-270m.json"));
-    Engine engine(directory, 512);
-    const double tolerance =
-        8 * double(g["fp64_max_abs_diff"]) + 0x1p-19 + engine.checkpoint.config.V * 0x1p-40;
-    double worst = 0;
-    Scheduler scheduler(limits_of(engine.checkpoint.config, 256, 512));
-    std::vector<std::shared_ptr<Sequence>> sequences;
-    for (const json& prompt : g["prompts"]) {
-        sequences.push_back(sequence(prompt["ids"], int(prompt["greedy"].size()),
-                                     {.temperature = 0, .logprobs = 20}));
-        scheduler.add(sequences.back());
-    }
-    auto all = run(*engine.model, scheduler);
-    for (size_t p = 0; p < sequences.size(); p++) {
-        const json& prompt = g["prompts"][p];
-        const Results& results = all[sequences[p].get()];
-        INFO(prompt["text"].get<std::string>().substr(0, 60) << " -> " << prompt["greedy_text"]);
-        CHECK(ids_of(results) == prompt["greedy"].get<std::vector<int>>());
-        for (const json& top : prompt["top"]) {
-            std::map<int, double> want;
-            for (size_t i = 0; i < 20; i++) want[top["ids"][i]] = top["logprobs"][i];
-            for (const auto& t : results[size_t(top["index"])].top) {
-                // Where two ids are as likely as each other, either may be the twentieth.
-                const double w = want.count(t.id) ? want[t.id] : double(top["logprobs"][19]);
-                worst = std::max(worst, std::abs(w - double(t.logprob)));
+    for (const Device device : devices()) {
+        INFO(name_of(device));
+        Engine engine(directory, device, 512);
+        const double tolerance = tolerance_of(g, device, engine.checkpoint.config.V);
+        const auto all = check_greedy(engine, device, g["prompts"], tolerance, 20);
+        Difference ours;
+        for (size_t p = 0; p < all.size(); p++) {
+            for (const json& top : g["prompts"][p]["top"]) {
+                std::map<int, double> want;
+                for (size_t i = 0; i < 20; i++) want[top["ids"][i]] = top["logprobs"][i];
+                for (const auto& t : all[p][size_t(top["index"])].top) {
+                    // Where two ids are as likely as each other, either may be the twentieth.
+                    ours.add(t.logprob,
+                             want.count(t.id) ? want[t.id] : double(top["logprobs"][19]));
+                }
             }
         }
+        check_difference(ours, tolerance, device, "270M");
     }
-    std::printf("270M     max |logprob - Hugging Face's| %.2e = %2.0f%% of the tolerance\n", worst,
-                100 * worst / tolerance);
-    CHECK(worst <= tolerance);
 }
+
+#if GEMMA_CUDA
+TEST_CASE("the CUDA engine's logprobs are the CPU engine's") {
+    for (const Device device : devices()) {
+        if (device == Device::cpu) continue;
+        const json g = json::parse(read_file(golden / "4b.json"));
+        Engine gpu(golden / "4b", Device::cuda), cpu(golden / "4b", Device::cpu);
+        const std::vector<int> ids = g["prompts"][2]["ids"];
+        const int last = int(ids.size()) - 1, stride = emulated ? 16 : 1;
+        const Results ours = score(gpu, ids, {31, last}, stride),
+                      theirs = score(cpu, ids, {31, last}, stride);
+        Difference d;
+        for (size_t i = 0; i < ours.size(); i++) d.add(ours[i].logprob, theirs[i].logprob);
+        const double tolerance = tolerance_of(g, Device::cuda, g["vocab_size"]);
+        std::printf("CUDA 4b         max |logprob - the CPU engine's| %.2e = %2.0f%%\n", d.worst,
+                    100 * d.worst / tolerance);
+        CHECK(d.worst <= tolerance);
+    }
+}
+#endif
 
 // [equalities] -----------------------------------------------------------------------------------
 
@@ -199,46 +341,54 @@ std::vector<Results> results_of(Model& model, const Limits& limits,
     return in_order;
 }
 
+void check_equalities(const char* name, Device device) {
+    Engine engine(repository / name, device);
+    const Config& config = engine.checkpoint.config;
+    INFO(name_of(device) << ", " << name);
+    const auto sequences = crowd(config, emulated ? 5 : device == Device::cuda ? 65 : 33, 7);
+    std::vector<Results> alone;
+    for (const auto& s : sequences)
+        alone.push_back(results_of(*engine.model, limits_of(config, 4096), {s})[0]);
+    const auto equal = [&](const std::vector<Results>& others) {
+        for (size_t i = 0; i < alone.size(); i++) {
+            INFO("sequence " << i << ", prompt of " << sequences[i]->prompt_tokens);
+            CHECK(same(others[i], alone[i]));
+        }
+    };
+    // In a crowd, whole or in chunks: on both sides of the tiles' sizes.
+    const std::vector<int> few{2, 9, 65}, all{1, 2, 7, 8, 9, 16, 17, 32, 64, 65, 4096};
+    for (const int budget : emulated ? few : all) {
+        INFO("up to " << budget << " tokens a step");
+        equal(results_of(*engine.model, limits_of(config, budget), sequences));
+    }
+    // From the prefix cache, in the second round.
+    Scheduler scheduler(limits_of(config));
+    for (const int round : {0, 1}) {
+        std::vector<Results> results;
+        int cached = 0;
+        for (const auto& s : sequences) {
+            const auto copy = fresh(*s);
+            scheduler.add(copy);
+            results.push_back(run(*engine.model, scheduler)[copy.get()]);
+            cached += copy->cached_tokens;
+        }
+        equal(results);
+        CHECK((cached > 0) == (round == 1));
+    }
+    // With so few pages that sequences are preempted again and again.
+    int preemptions = 0;
+    equal(results_of(*engine.model, limits_of(config, 64, 9), sequences, &preemptions));
+    CHECK(preemptions > 0);
+}
+
 }  // namespace
 
 TEST_CASE("a sequence's bits do not depend on its neighbours, chunks, cache or preemption") {
-    for (const char* name :
-         {"tests/golden/1b", "tests/golden/4b", "tests/golden/27b", "demo/model"}) {
-        Engine engine(repository / name);
-        const Config& config = engine.checkpoint.config;
-        INFO(name);
-        const auto sequences = crowd(config, 33, 7);
-        std::vector<Results> alone;
-        for (const auto& s : sequences)
-            alone.push_back(results_of(*engine.model, limits_of(config, 4096), {s})[0]);
-        const auto equal = [&](const std::vector<Results>& others) {
-            for (size_t i = 0; i < alone.size(); i++) {
-                INFO("sequence " << i << ", prompt of " << sequences[i]->prompt_tokens);
-                CHECK(same(others[i], alone[i]));
-            }
-        };
-        // In a crowd, whole or in chunks.
-        for (const int budget : {7, 32, 65, 4096}) {
-            equal(results_of(*engine.model, limits_of(config, budget), sequences));
+    for (const Device device : devices()) {
+        for (const char* name :
+             {"tests/golden/1b", "tests/golden/4b", "tests/golden/27b", "demo/model"}) {
+            check_equalities(name, device);
         }
-        // From the prefix cache, in the second round.
-        Scheduler scheduler(limits_of(config));
-        for (const int round : {0, 1}) {
-            std::vector<Results> results;
-            int cached = 0;
-            for (const auto& s : sequences) {
-                const auto copy = fresh(*s);
-                scheduler.add(copy);
-                results.push_back(run(*engine.model, scheduler)[copy.get()]);
-                cached += copy->cached_tokens;
-            }
-            equal(results);
-            CHECK((cached > 0) == (round == 1));
-        }
-        // With so few pages that sequences are preempted again and again.
-        int preemptions = 0;
-        equal(results_of(*engine.model, limits_of(config, 64, 9), sequences, &preemptions));
-        CHECK(preemptions > 0);
     }
 }
 
@@ -252,7 +402,7 @@ TEST_CASE("bits", "[.][bits]") {
         for (const unsigned char byte : bytes) hash = (hash ^ byte) * 1099511628211u;
     };
     for (const char* name : {"1b", "4b", "27b"}) {
-        Engine engine(golden / name);
+        Engine engine(golden / name, Device::cpu);
         const auto sequences = crowd(engine.checkpoint.config, 16, 11);
         for (const Results& results :
              results_of(*engine.model, limits_of(engine.checkpoint.config), sequences)) {
@@ -267,75 +417,258 @@ TEST_CASE("bits", "[.][bits]") {
 
 // [sampler] --------------------------------------------------------------------------------------
 
+namespace {
+
+// What one position of the 1b golden is sampled with.
+struct Draw {
+    Sampling sampling;
+    std::vector<Adjustment> adjustments = {};
+    std::vector<int> allowed = {};  // none: all
+};
+
+const std::vector<int> drawn_after{Tokenizer::bos, 17, 300, 41};
+
+Output output_of(const Draw& draw, int vocab, int index = 0) {
+    Output out{3, 0, -1, index, draw.sampling, draw.adjustments, nullptr};
+    if (draw.allowed.empty()) return out;
+    std::vector<uint32_t> bits(size_t(vocab + 31) / 32, 0);
+    for (const int id : draw.allowed) bits[size_t(id / 32)] |= 1u << id % 32;
+    out.allowed = std::make_shared<const std::vector<uint32_t>>(bits);
+    return out;
+}
+
+Result draw(Engine& engine, const Draw& d) {
+    Batch batch = one_row(drawn_after);
+    batch.outputs.push_back(output_of(d, engine.checkpoint.config.vocab));
+    return engine.model->step(batch).at(0);
+}
+
+// The logit of `id`, which logprobs tell up to a constant, by bisection: a greedy choice between it
+// and an id whose logit is made 0.
+double raw_logit(Engine& engine, int id, int other) {
+    double low = -64, high = 64;  // the bias that loses, the bias that wins
+    while (high - low > 0x1p-16) {
+        const double bias = (low + high) / 2;
+        const Draw d{{.temperature = 0}, {{other, 100, 1e30f, 0}, {id, float(bias)}}, {id, other}};
+        (draw(engine, d).id == id ? high : low) = bias;
+    }
+    return -high;
+}
+
+// The distribution that is drawn from: adjust, sort, cut, renormalise, in double.
+std::vector<double> distribution(std::vector<double> logits, const Draw& d) {
+    const Sampling& s = d.sampling;
+    for (const Adjustment& a : d.adjustments) {
+        double& z = logits[size_t(a.id)];
+        z += a.bias;
+        z = z > 0 ? z / a.repetition : z * a.repetition;
+        z -= a.penalty;
+    }
+    std::vector<std::pair<double, int>> likeliest;
+    for (int id = 0; id < int(logits.size()); id++) {
+        if (d.allowed.empty() || std::count(d.allowed.begin(), d.allowed.end(), id))
+            likeliest.push_back({-logits[size_t(id)], id});
+    }
+    std::sort(likeliest.begin(), likeliest.end());
+    std::vector<double> p(logits.size(), 0);
+    double total = 0, before = 0;
+    for (size_t i = 0; i < likeliest.size(); i++) {
+        const auto [cost, id] = likeliest[i];
+        double q = std::exp((likeliest[0].first - cost) / s.temperature);
+        if ((s.top_k && i >= size_t(s.top_k)) || q < s.min_p) q = 0;
+        p[size_t(id)] = q;
+        total += q;
+    }
+    for (const auto& [cost, id] : likeliest) {
+        const double q = p[size_t(id)];
+        if (before >= s.top_p * total && before > 0) p[size_t(id)] = 0;
+        before += q;
+    }
+    total = 0;
+    for (const double q : p) total += q;
+    for (double& q : p) q /= total;
+    return p;
+}
+
+// Draws follow `p`, and are the same again.
+void check_draws(Engine& engine, const Draw& d, const std::vector<double>& p) {
+    const int draws = emulated ? 1'000 : 20'000;
+    Batch batch = one_row(drawn_after);
+    for (int i = 0; i < draws; i++) {
+        batch.outputs.push_back(output_of(d, int(p.size()), i % 10));
+        batch.outputs.back().sampling.seed = uint64_t(i / 10);
+    }
+    const Results drawn = engine.model->step(batch);
+    CHECK(ids_of(drawn) == ids_of(engine.model->step(batch)));
+    std::vector<int> counts(p.size(), 0);
+    for (const Result& r : drawn) counts[size_t(r.id)]++;
+    double chi2 = 0;
+    int cells = 0;
+    for (size_t id = 0; id < p.size(); id++) {
+        const double expected = draws * p[id];
+        CHECK((counts[id] == 0 || expected > 0));
+        if (expected < 10) continue;
+        chi2 += std::pow(counts[id] - expected, 2) / expected;
+        cells++;
+    }
+    // Chi squared has mean `cells` and variance 2 cells; five deviations are one run in a
+    // million, and the seeds are fixed.
+    const Sampling& s = d.sampling;
+    INFO("temperature " << s.temperature << " top_k " << s.top_k << " top_p " << s.top_p
+                        << " min_p " << s.min_p << ", " << d.adjustments.size() << " adjusted, "
+                        << d.allowed.size() << " allowed: chi2 " << chi2 << " of " << cells
+                        << " cells");
+    CHECK(chi2 < cells + 5 * std::sqrt(2. * cells) + 1);
+    CHECK(cells > 0);
+}
+
+// The logits of drawn_after, and their ids, the likeliest first.
+struct Logits {
+    explicit Logits(Engine& engine) {
+        for (const Result& r : score(engine, drawn_after, {3})) {
+            values.push_back(r.logprob);
+            ids.push_back(r.id);
+        }
+        std::sort(ids.begin(), ids.end(), [&](int a, int b) {
+            return std::pair(-values[size_t(a)], a) < std::pair(-values[size_t(b)], b);
+        });
+        constant = raw_logit(engine, ids[0], ids[1]) - values[size_t(ids[0])];
+        for (double& z : values) z += constant;
+    }
+    std::vector<double> values;
+    std::vector<int> ids;
+    double constant;  // logit - logprob
+};
+
+}  // namespace
+
 TEST_CASE(
     "draws follow the softmax, top-k, top-p and min-p, and depend on the seed and the index "
     "alone") {
-    Engine engine(golden / "1b");
-    const int V = engine.checkpoint.config.V, draws = 20'000;
-    const std::vector<int> prompt{Tokenizer::bos, 17, 300, 41};
-    const Results every = score(engine, prompt, {3});
-    std::vector<std::pair<double, int>> likeliest;
-    for (int id = 0; id < V; id++) likeliest.push_back({-double(every[size_t(id)].logprob), id});
-    std::sort(likeliest.begin(), likeliest.end());
-    struct Case {
-        float temperature;
-        int top_k;
-        float top_p, min_p;
-    };
-    for (const Case c : {Case{1, 0, 1, 0},
-                         {0.7f, 0, 1, 0},
-                         {1, 5, 1, 0},
-                         {1.5f, 40, 0.6f, 0},
-                         {1, 0, 1, 0.2f},
-                         {1, 0, 0.0001f, 0},
-                         {1, 1, 1, 0}}) {
-        // The reference: sort, cut, renormalise, in double.
-        std::vector<double> p(size_t(V), 0);
-        double total = 0, before = 0;
-        for (const auto& [cost, id] : likeliest)
-            p[size_t(id)] = std::exp((likeliest[0].first - cost) / c.temperature);
-        for (int i = 0; i < V; i++) {
-            double& q = p[size_t(likeliest[size_t(i)].second)];
-            if ((c.top_k && i >= c.top_k) || q < c.min_p) q = 0;
-            total += q;
+    for (const Device device : devices()) {
+        INFO(name_of(device));
+        Engine engine(golden / "1b", device);
+        const Logits logits(engine);
+        for (const Draw& d : {Draw{{1, 0, 1, 0}},
+                              {{0.7f, 0, 1, 0}},
+                              {{1, 5, 1, 0}},
+                              {{1.5f, 40, 0.6f, 0}},
+                              {{1, 0, 1, 0.2f}},
+                              {{1, 0, 0.0001f, 0}},
+                              {{1, 1, 1, 0}}}) {
+            check_draws(engine, d, distribution(logits.values, d));
         }
-        for (const auto& [cost, id] : likeliest) {
-            const double q = p[size_t(id)];
-            if (before >= c.top_p * total && before > 0) p[size_t(id)] = 0;
-            before += q;
+    }
+}
+
+TEST_CASE("draws follow adjusted logits and stay within the allowed ids") {
+    for (const Device device : devices()) {
+        INFO(name_of(device));
+        Engine engine(golden / "1b", device);
+        const Logits logits(engine);
+        const auto& by_rank = logits.ids;
+        // The 40 likeliest are biased to -2 .. 2, so that repetition's both branches count; their
+        // penalties bring them back to where the others are.
+        std::vector<Adjustment> some, even;
+        for (int i = 0; i < 40; i++) {
+            const int id = by_rank[size_t(i)];
+            some.push_back({id, float(0.5 * (i % 9) - 2 - logits.values[size_t(id)]),
+                            i % 2 ? 1.5f : 0.75f, 0.25f * float(i % 5) - 6});
+            even.push_back({id, 3});
         }
-        total = 0;
-        for (const double q : p) total += q;
-        Batch batch;
-        batch.tokens = prompt, batch.positions = {0, 1, 2, 3}, batch.row_start = {0, 4};
-        batch.pages[0] = batch.pages[1] = {0}, batch.pages_per_row = 1;
-        for (int i = 0; i < draws; i++) {
-            batch.outputs.push_back(
-                {3,
-                 0,
-                 -1,
-                 i % 10,
-                 {c.temperature, c.top_k, c.top_p, c.min_p, uint64_t(i / 10), -1}});
+        const std::vector<int> forty(by_rank.begin(), by_rank.begin() + 40);
+        const std::vector<int> three{by_rank[0], by_rank[40], by_rank[300]};
+        std::vector<Adjustment> near;  // lifts the three to about the same
+        for (const int id : three)
+            near.push_back(
+                {id, float(1 - logits.values[size_t(id)]), 1, 0.5f * float(near.size())});
+        for (const Draw& d : {Draw{{1, 0, 1, 0}, some},
+                              {{1.5f, 20, 0.8f, 0}, some},
+                              {{1, 0, 1, 0.1f}, some},
+                              {{1, 0, 1, 0}, some, forty},
+                              {{1, 0, 1, 0}, {}, three},
+                              {{1, 0, 1, 0}, near, three},
+                              {{1, 2, 1, 0}, near, three},
+                              {{1, 0, 0.7f, 0}, near, three},
+                              {{1, 0, 1, 0.5f}, near, three},
+                              {{1, 0, 1, 0}, {}, {by_rank[300]}},
+                              // Not beside the likeliest of all, but of the allowed.
+                              {{1, 0, 1, 0.5f}, {}, {by_rank[100], by_rank[101]}}}) {
+            check_draws(engine, d, distribution(logits.values, d));
         }
-        const Results drawn = engine.model->step(batch);
-        CHECK(ids_of(drawn) == ids_of(engine.model->step(batch)));
-        std::vector<int> counts(size_t(V), 0);
-        for (const Result& r : drawn) counts[size_t(r.id)]++;
-        double chi2 = 0, rest = draws;
-        int cells = 0;
-        for (int id = 0; id < V; id++) {
-            const double expected = draws * p[size_t(id)] / total;
-            CHECK((counts[size_t(id)] == 0 || expected > 0));
-            if (expected < 10) continue;
-            chi2 += std::pow(counts[size_t(id)] - expected, 2) / expected;
-            rest -= expected, cells++;
+        // The same bias for all changes nothing.
+        check_draws(engine, {{1, 0, 1, 0}, even, forty},
+                    distribution(logits.values, {{1, 0, 1, 0}, {}, forty}));
+    }
+}
+
+TEST_CASE("greedy sees adjustments and the allowed ids, and takes the lowest of equal logits") {
+    for (const Device device : devices()) {
+        INFO(name_of(device));
+        Engine engine(golden / "1b", device);
+        const auto likeliest = draw(engine, {{.temperature = 0, .logprobs = 3}}).top;
+        const int first = likeliest.at(0).id, second = likeliest.at(1).id, third = likeliest[2].id;
+        const auto greedy = [&](const std::vector<Adjustment>& adjustments,
+                                const std::vector<int>& allowed = {}) {
+            return draw(engine, {{.temperature = 0}, adjustments, allowed}).id;
+        };
+        CHECK(greedy({}) == first);
+        CHECK(greedy({{first, -100}}) == second);
+        CHECK(greedy({{first, 0, 1, 100}, {second, -100}}) == third);
+        CHECK(greedy({{77, 100}}) == 77);
+        CHECK(greedy({{first, 0, 1e30f}}) == second);  // a positive logit, towards 0
+        CHECK(greedy({}, {second, third}) == second);
+        CHECK(greedy({{first, 100}}, {second, third}) == second);
+        CHECK(greedy({{third, 100}}, {second, third}) == third);
+        CHECK(greedy({{first, -100}}, {first}) == first);
+        // All equal, because a logit vanishes beside 1e30.
+        std::vector<Adjustment> equal;
+        for (int id = 0; id < engine.checkpoint.config.vocab; id++)
+            equal.push_back({id, 0, 1, 1e30f});
+        CHECK(greedy(equal) == 0);
+        CHECK(greedy(equal, {77, 78, 300}) == 77);
+        CHECK(greedy({{300, 1e30f}, {78, 1e30f}}) == 78);
+        CHECK(greedy({}, {0}) == 0);
+        CHECK(greedy({}, {511}) == 511);
+        // Sampling takes the lowest of equal ids too, where top-k cuts among them.
+        for (uint64_t seed = 0; seed < 20; seed++) {
+            const Draw d{{.top_k = 2, .seed = seed}, equal, {77, 78, 300}};
+            CHECK(draw(engine, d).id <= 78);
         }
-        // Chi squared has mean `cells` and variance 2 cells; five deviations are one run in a
-        // million, and the seeds are fixed.
-        INFO("temperature " << c.temperature << " top_k " << c.top_k << " top_p " << c.top_p
-                            << " min_p " << c.min_p << ": chi2 " << chi2 << " of " << cells
-                            << " cells");
-        CHECK(chi2 < cells + 5 * std::sqrt(2. * cells) + 1);
-        CHECK(cells > 0);
+    }
+}
+
+TEST_CASE("logprobs are the raw logits', whatever is sampled") {
+    for (const Device device : devices()) {
+        INFO(name_of(device));
+        Engine engine(golden / "1b", device);
+        const int vocab = engine.checkpoint.config.vocab;
+        const Results every = score(engine, drawn_after, {3});
+        const std::vector<Adjustment> shift{{7, 50}, {8, -50, 2, 3}, {300, 0, 1.3f, 0.5f}};
+        // Side by side: one output's adjustments do not reach the next.
+        Batch batch = one_row(drawn_after);
+        for (uint64_t seed = 0; seed < 8; seed++) {
+            for (const Draw& d : {Draw{{.seed = seed, .logprobs = 20}},
+                                  {{.seed = seed, .logprobs = 20}, shift},
+                                  {{.seed = seed, .logprobs = 20}, {}, {3, 8, 300}},
+                                  {{.seed = seed, .logprobs = 20}, shift, {3, 8, 300}}}) {
+                batch.outputs.push_back(output_of(d, vocab));
+                batch.outputs.push_back(output_of(d, vocab));
+                batch.outputs.back().target = 8;
+            }
+        }
+        const Results results = engine.model->step(batch);
+        for (size_t i = 0; i < results.size(); i++) {
+            INFO("output " << i);
+            // The same output asked for as a plain target, alone.
+            Batch alone = one_row(drawn_after);
+            alone.outputs.push_back({3, 0, results[i].id, 0, {.logprobs = 20}, {}, nullptr});
+            CHECK(same({results[i]}, engine.model->step(alone)));
+            CHECK(results[i].logprob == every[size_t(results[i].id)].logprob);
+            if (i % 2) CHECK(results[i].id == 8);
+            if (i % 8 == 2) CHECK(results[i].id == 7);  // exp(50) times as likely
+            if (i % 8 == 4)
+                CHECK((results[i].id == 3 || results[i].id == 8 || results[i].id == 300));
+        }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // fake_model.cpp: a Model without weights, linked in the place of reference.cpp to test HTTP.
+// Adjustments and masks do not move it.
 //
 // The next id is a hash of the row's tokens, kept in its global pages; never a control id, unless:
 //   top_k 1000 + n        generated token n, from 0, is <end_of_turn>
@@ -37,11 +38,13 @@ class FakeModel : public Model {
             }
         }
         Results results;
-        for (const auto& [token, row, target, index, sampling] : b.outputs) {
+        for (const Output& out : b.outputs) {
+            const Sampling& sampling = out.sampling;
             const uint64_t seed = sampling.temperature < 1e-5f ? 0 : sampling.seed * 7919;
-            const int n = int(((hash(row, b.positions[size_t(token)]) >> 32) + seed) % ordinary);
-            const int id = sampling.top_k == 1000 + index ? 106 : first + n;
-            Result result{target >= 0 ? target : id, 0, 0, {}};
+            const int n =
+                int(((hash(out.row, b.positions[size_t(out.token)]) >> 32) + seed) % ordinary);
+            const int id = sampling.top_k == 1000 + out.index ? 106 : first + n;
+            Result result{out.target >= 0 ? out.target : id, 0, 0, {}};
             if (sampling.logprobs >= 0) result.logprob = -0.5f, result.rank = 1;
             for (int i = 0; i < sampling.logprobs; i++)
                 result.top.push_back(
