@@ -209,13 +209,13 @@ Config read_config(const std::string& directory) {
     f.only("rope_local_type", {"default"});
     f.only("head_dim", {256, 128, 64});
     Config c = {};
-    c.D = f.get("hidden_size", 2304, 32, 1 << 16);
+    c.D = f.get("hidden_size", 2304, 32, 1 << 13);
     c.F = f.get("intermediate_size", 9216, 32, 1 << 20);
     c.L = f.get("num_hidden_layers", 26, 1, 1 << 10);
     c.H = f.get("num_attention_heads", 8, 1, 1 << 10);
     c.G = f.get("num_key_value_heads", 4, 1, 1 << 10);
     c.E = f.get("head_dim", 256, 64, 256);
-    c.V = f.get("vocab_size", 262208, 3, 1 << 20);
+    c.V = f.get("vocab_size", 262208, 16, 1 << 19);
     c.W = f.get("sliding_window", 4096, 1, 1 << 24);
     c.max_positions = f.get("max_position_embeddings", 131072, 1, 1 << 24);
     c.vocab = std::min(c.V, 262144);  // the rows beyond stand for images
@@ -228,7 +228,10 @@ Config read_config(const std::string& directory) {
     c.rope_divisor[global_pool] = f.get("rope_factor", 1.f, 1.f, 65536.f);
     f.multiple("hidden_size", c.D, 32);
     f.multiple("intermediate_size", c.F, 32);
+    f.multiple("vocab_size", c.V, 16);
     f.multiple("num_attention_heads", c.H, c.G);
+    if (c.H / c.G > 16)  // they share an mma's 16 rows
+        refuse(f.path + ": num_attention_heads", text("%d", c.H), text("at most %d", 16 * c.G));
 
     const int pattern = f.get("sliding_window_pattern", 6, 1, 1 << 16);
     json types = f.flat.value("layer_types", json::array());
