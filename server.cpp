@@ -319,7 +319,8 @@ struct Scheduler::State {
             }
             if (end == int(s.tokens.size())) {
                 const int last = int(batch.tokens.size()) - 1;
-                batch.outputs.push_back({last, index, -1, end - s.prompt_tokens, s.sampling});
+                batch.outputs.push_back(
+                    {last, index, -1, end - s.prompt_tokens, s.sampling, {}, nullptr});
             }
         }
         for (const Pool pool : pools) batch.dead[pool] = std::exchange(pages[pool].dead, {});
@@ -607,9 +608,9 @@ struct Options {
     std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
     std::vector<std::string> served_model_name;
     int64_t port = 8000, max_num_seqs = 256, seed = 0;
+    int64_t block_size = page_tokens;                                     // read and not used
     int64_t max_model_len = -1, max_num_batched_tokens = -1, pages = -1;  // -1: not given
-    int64_t block_size = page_tokens;  // these two are read and not used
-    double gpu_memory_utilization = 0.9;
+    double gpu_memory_utilization = -1;
 };
 
 struct App {
@@ -1266,15 +1267,15 @@ const std::vector<Field<Options>> flags{
      "most tokens of prompt and answer, as 8192, 8k or 8K ($MAX_MODEL_LEN, or what fits)"},
     {"max-num-seqs", &Options::max_num_seqs, 1, 4096, "most sequences in a step (256)"},
     {"max-num-batched-tokens", &Options::max_num_batched_tokens, 1, 1 << 20,
-     "most tokens in a step (32 a core)"},
+     "most tokens in a step (8192 on a GPU of 70 GB, 2048 on others, 32 a core on the CPU)"},
     {"num-gpu-blocks-override", &Options::pages, 1, 1 << 26,
      "pages of 32 tokens in each of the two pools (what memory allows)"},
     {"seed", &Options::seed, -0x1p63, 0x1p63, "of requests that bring none (0)"},
     {"device", &Options::device, 0, 0, "auto, cuda or cpu (auto)"},
+    {"gpu-memory-utilization", &Options::gpu_memory_utilization, above_zero, 1,
+     "share of the GPU's memory to use (0.9)"},
     {"block-size", &Options::block_size, 1, 1024,
      "accepted without effect: a page holds 32 tokens"},
-    {"gpu-memory-utilization", &Options::gpu_memory_utilization, above_zero, 1,
-     "accepted without effect on the CPU"},
 };
 
 std::string help() {
@@ -1336,8 +1337,7 @@ Options parse_flags(const std::vector<std::string>& args) try {
         set_flag(options, name, values);
     }
     if (options.served_model_name.empty()) options.served_model_name = {options.model};
-    if (options.device == "cuda") refuse("", "--device cuda: this build has no CUDA engine");
-    if (options.device != "auto" && options.device != "cpu")
+    if (options.device != "auto" && options.device != "cuda" && options.device != "cpu")
         refuse("", "--device must be auto, cuda or cpu, got %s", options.device.c_str());
     return options;
 } catch (const Refusal& r) {
@@ -1349,9 +1349,6 @@ Limits plan_memory(App& app, const KvMemory& memory) {
     const Config& c = app.checkpoint->config;
     const Options& o = app.options;
     Limits limits{int(o.max_num_seqs), int(o.max_num_batched_tokens), c.W, {0, 0}};
-    if (limits.max_batched_tokens < 0)
-        limits.max_batched_tokens = 32 * int(std::max(1u, std::thread::hardware_concurrency()));
-    limits.max_num_seqs = std::min(limits.max_num_seqs, limits.max_batched_tokens);
     const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
     const int64_t window = (c.W + page_tokens - 2) / page_tokens + 1,
                   step = pages_for(limits.max_batched_tokens) + 1;
@@ -1396,6 +1393,35 @@ double now() {
     return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
 }
 
+// The engine that --device asks for, and the defaults that depend on it. Not before
+// watch_signals(): the GPU's driver starts threads, and SIGTERM is blocked in none made earlier.
+std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
+#if GEMMA_CUDA
+    const std::string missing = o.device == "cpu" ? "--device says so" : cuda_missing();
+#else
+    const std::string missing = "this build has no CUDA engine: build it where nvcc is, see README";
+#endif
+    const bool gpu = missing.empty();
+    if (!gpu && o.device == "cuda") throw Error("--device cuda: " + missing);
+    say("device: " + (gpu ? "cuda, because there is a GPU" : "cpu, because " + missing));
+    if (!gpu && o.gpu_memory_utilization > 0)
+        say("--gpu-memory-utilization: without effect on the CPU");
+    if (o.gpu_memory_utilization < 0) o.gpu_memory_utilization = 0.9;
+    int64_t& tokens = o.max_num_batched_tokens;
+    const auto choose = [&](int64_t otherwise) {
+        if (tokens < 0) tokens = otherwise;
+        o.max_num_seqs = std::min(o.max_num_seqs, tokens);
+    };
+#if GEMMA_CUDA
+    if (gpu) {
+        choose(cuda_step_tokens());
+        return open_cuda(checkpoint, {int(o.max_num_seqs), int(tokens), o.gpu_memory_utilization});
+    }
+#endif
+    choose(32 * std::max(1u, std::thread::hardware_concurrency()));
+    return open_cpu(checkpoint);
+}
+
 void load(App& app) {
     const std::string directory = find_model(app.options.model);
     app.checkpoint.emplace(directory);
@@ -1405,8 +1431,7 @@ void load(App& app) {
             text("%s/tokenizer.model: found %d pieces, expected at most the %d of the weights",
                  directory.c_str(), app.tokenizer->size(), app.checkpoint->config.V));
     }
-    say("device: cpu, because this build has no CUDA engine");
-    auto model = open_cpu(*app.checkpoint);
+    auto model = open_model(*app.checkpoint, app.options);
     const Limits limits = plan_memory(app, model->kv_memory());
     model->allocate_pages(limits.pages);
     const SamplingDefaults& d = app.checkpoint->defaults;
