@@ -19,8 +19,10 @@ using Catch::Approx;
 
 #include "gemma.h"
 
-// The repository, given by CMake: tests read demo/model and tests/golden from it.
-inline const std::filesystem::path repository = GEMMA_SOURCE_DIR;
+// The repository: tests read demo/model and tests/golden from it. CMake says where it is, or, to
+// tests that were built on another machine, $GEMMA_SOURCE_DIR.
+inline const std::filesystem::path repository =
+    std::getenv("GEMMA_SOURCE_DIR") ? std::getenv("GEMMA_SOURCE_DIR") : GEMMA_SOURCE_DIR;
 
 // Catch2 2 has no SKIP: print the reason, where ctest's log keeps it, and pass.
 #define SKIP_BECAUSE(reason)                                       \
