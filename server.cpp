@@ -5,11 +5,10 @@
 //   [1] Pages      who holds which page of K and V, and which prefix it contains
 //   [2] Scheduler  which tokens of which sequences make up the next step
 //   [3] Engine     the one thread that owns the model; an inbox for each request
-//   [4] Fields     one table drives parsing, ranges and error texts of requests and of flags
-//   [5] Requests   two parsers, one struct
-//   [6] Answers    streamed or whole, text or chat: one path
-//   [7] Routes     the OpenAI surface
-//   [8] main       flags, memory, start, drain
+//   [4] Requests   two parsers, one struct
+//   [5] Answers    streamed or whole, text or chat: one path
+//   [6] Routes     the OpenAI surface
+//   [7] Service    what main.cpp starts, and stops
 //
 // Rules: only the engine thread touches the model, the pages and what the scheduler changes. HTTP
 // threads parse, tokenize, post sequences and wait on their request's inbox; nothing they do can
@@ -19,33 +18,20 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
-#include <charconv>
-#include <chrono>
 #include <condition_variable>
-#include <csignal>
+#include <cstring>
 #include <ctime>
 #include <deque>
-#include <filesystem>
-#include <fstream>
-#include <future>
-#include <limits>
 #include <list>
-#include <map>
 #include <mutex>
-#include <optional>
 #include <random>
-#include <thread>
-#include <variant>
 
-#include <sys/socket.h>
-#include <unistd.h>
+#include <malloc.h>
 
-#include <httplib.h>
-#include <nlohmann/json.hpp>
+#include "fields.h"
 
 namespace gemma {
 
-using nlohmann::json;
 using ordered = nlohmann::ordered_json;  // what is written keeps vLLM's order of keys
 
 // [1] Pages ---------------------------------------------------------------------------------------
@@ -232,9 +218,25 @@ struct Scheduler::State {
         }
     }
 
+    // What penalties make of an id that was generated, from the next token on.
+    static void penalise(Sequence& s, int id) {
+        if (s.presence == 0 && s.frequency == 0 && s.repetition == 1) return;
+        auto [at, fresh] = s.penalised.try_emplace(id, Sequence::Penalised{0, 0});
+        if (fresh) {
+            const auto known = std::find_if(s.adjustments.begin(), s.adjustments.end(),
+                                            [&](const Adjustment& a) { return a.id == id; });
+            at->second.place = size_t(known - s.adjustments.begin());
+            if (known == s.adjustments.end()) s.adjustments.push_back({id});
+        }
+        Adjustment& a = s.adjustments[at->second.place];
+        a.repetition = s.repetition;
+        a.penalty = s.presence + s.frequency * float(++at->second.count);
+    }
+
     // The longest known prefix: global pages from the start on, and the local pages that the window
     // still sees. At least one token is left to compute, because its logits are needed.
     void take_cached(Sequence& s) {
+        if (s.scored < s.prompt_tokens - 1 && s.prompt_logprobs >= 0) return;  // of all of them
         std::vector<std::shared_ptr<Prefix>> chain;
         auto node = root;
         while ((chain.size() + 1) * page_tokens < s.tokens.size()) {
@@ -278,7 +280,7 @@ struct Scheduler::State {
                local + grows <= pages[local_pool].available();
     }
 
-    void admit(int& budget) {
+    void admit(int& budget, double now) {
         while (!waiting.empty() && int(running.size()) < limits.max_num_seqs && budget > 0) {
             const auto s = waiting.front();
             take_cached(*s);
@@ -288,7 +290,7 @@ struct Scheduler::State {
                 got = grow(*s, std::min(int(s->tokens.size()) - s->computed, budget));
             }
             if (got == 0) return release(*s);
-            if (s->preemptions == 0) s->cached_tokens = cached;
+            if (s->preemptions == 0) s->cached_tokens = cached, s->started = now;
             waiting.pop_front();
             running.push_back(s);
             rows.push_back({s, got});
@@ -308,6 +310,11 @@ struct Scheduler::State {
             const Sequence& s = *row.sequence;
             const int end = s.computed + row.count, index = int(batch.row_start.size()) - 1;
             for (int i = s.computed; i < end; i++) {
+                if (s.prompt_logprobs >= 0 && i >= s.scored && i + 1 < s.prompt_tokens) {
+                    const Sampling how{.logprobs = s.prompt_logprobs};
+                    batch.outputs.push_back(
+                        {int(batch.tokens.size()), index, s.tokens[i + 1], 0, how, {}, nullptr});
+                }
                 batch.tokens.push_back(s.tokens[i]);
                 batch.positions.push_back(i);
             }
@@ -317,10 +324,10 @@ struct Scheduler::State {
                 table.insert(table.end(), s.pages[pool].begin(), s.pages[pool].end());
                 table.resize(batch.pages_per_row * (batch.row_start.size() - 1), -1);
             }
-            if (end == int(s.tokens.size())) {
-                const int last = int(batch.tokens.size()) - 1;
-                batch.outputs.push_back(
-                    {last, index, -1, end - s.prompt_tokens, s.sampling, {}, nullptr});
+            if (end == int(s.tokens.size()) && s.max_tokens > 0) {
+                const int last = int(batch.tokens.size()) - 1, made = end - s.prompt_tokens;
+                batch.outputs.push_back({last, index, -1, made, s.sampling, s.adjustments,
+                                         made < s.min_tokens ? s.allowed_before : s.allowed});
             }
         }
         for (const Pool pool : pools) batch.dead[pool] = std::exchange(pages[pool].dead, {});
@@ -359,32 +366,41 @@ void Scheduler::add(std::shared_ptr<Sequence> sequence) {
     state->waiting.push_back(std::move(sequence));
 }
 
-const Batch& Scheduler::next() {
+const Batch& Scheduler::next(double now) {
     int budget = state->limits.max_batched_tokens;
     const int before = state->preemptions;
     state->rows.clear();
     state->drop_cancelled();
     state->plan_running(budget);
-    if (state->preemptions == before) state->admit(budget);  // else it would take the same pages
+    if (state->preemptions == before)
+        state->admit(budget, now);  // else it would take the same pages
     state->build();
     return state->batch;
 }
 
 std::vector<Token> Scheduler::finish(const Results& results) {
     std::vector<Token> tokens;
+    size_t next = 0;  // of the results, which come in the order of build()
     for (const State::Row& row : state->rows) {
         Sequence& s = *row.sequence;
         state->settle(s, row.count);
+        while (s.prompt_logprobs >= 0 && s.scored < std::min(s.computed, s.prompt_tokens - 1)) {
+            tokens.push_back({row.sequence, results[next++], Finish::none, true});
+            s.scored++;
+        }
         if (s.computed < int(s.tokens.size())) continue;  // its prompt goes on
-        const Result& result = results[tokens.size()];
-        s.tokens.push_back(result.id);
+        const Result result = s.max_tokens > 0 ? results[next++] : Result{};
+        if (s.max_tokens > 0) {
+            s.tokens.push_back(result.id);
+            State::penalise(s, result.id);
+        }
         Finish finish = Finish::none;
-        if (std::count(s.stop_ids.begin(), s.stop_ids.end(), result.id)) {
+        if (s.max_tokens > 0 && std::count(s.stop_ids.begin(), s.stop_ids.end(), result.id)) {
             finish = Finish::stop;
         } else if (int(s.tokens.size()) - s.prompt_tokens >= s.max_tokens) {
             finish = Finish::length;
         }
-        tokens.push_back({row.sequence, result, finish});
+        tokens.push_back({row.sequence, result, finish, false});
         if (finish == Finish::none) continue;
         state->release(s);
         std::erase(state->running, row.sequence);
@@ -404,6 +420,9 @@ struct Delivery {
     int choice;
     Result result;
     Finish finish;
+    bool of_prompt;      // as Token's
+    double at, started;  // when the step was done, and when the sequence was first in a step
+    int cached_tokens;   // of its prompt
 };
 
 // One for each request, whatever its number of prompts and choices. It knows no sequence: a
@@ -432,26 +451,48 @@ struct Inbox {
 
 class Engine {
   public:
-    Engine(std::unique_ptr<Model> m, const Limits& limits)
-        : model(std::move(m)), scheduler(limits), thread([this] { run(); }) {}
+    Engine(std::unique_ptr<Model> m, const Limits& limits, int max_queue, Metrics& shown)
+        : most(limits.max_num_seqs + max_queue),
+          model(std::move(m)),
+          scheduler(limits),
+          metrics(shown),
+          thread([this] { run(); }) {}
     ~Engine() {
         tell([&] { stopping = true; });
         thread.join();
     }
     Engine(const Engine&) = delete;
 
+    // Takes places for so many sequences, all or none. They are given back when a sequence that was
+    // posted has ended, or by `leave`.
+    void enter(int count) {
+        const std::lock_guard lock(mutex);
+        if (inside + count > most)
+            throw Refusal{429,
+                          text("the queue is full: %d sequences run or wait, of at most %d, and "
+                               "this request has %d: try again soon",
+                               inside, most, count),
+                          ""};
+        inside += count;
+    }
+    void leave(int count) {
+        const std::lock_guard lock(mutex);
+        inside -= count;
+    }
     void post(const std::vector<std::shared_ptr<Sequence>>& sequences) {
         tell([&] { arrived.insert(arrived.end(), sequences.begin(), sequences.end()); });
     }
     bool fits(int tokens) const { return scheduler.fits(tokens); }
+    bool rests(std::chrono::milliseconds wait) {  // amid no step, and with nothing to do
+        std::unique_lock lock(mutex);
+        return changed.wait_for(lock, wait, [&] { return resting; });
+    }
 
   private:
     void tell(auto&& change) {
-        {
-            const std::lock_guard lock(mutex);
-            change();
-        }
-        changed.notify_one();
+        const std::lock_guard lock(mutex);
+        change();
+        changed.notify_all();
     }
 
     void run() {
@@ -459,176 +500,106 @@ class Engine {
             std::vector<std::shared_ptr<Sequence>> news;
             {
                 std::unique_lock lock(mutex);
+                resting = idle;
+                if (idle) changed.notify_all();
                 if (idle) changed.wait(lock, [&] { return !arrived.empty() || stopping; });
+                resting = false;
                 if (stopping) return;
                 news.swap(arrived);
             }
+            const int before = present() + int(news.size());
             for (auto& sequence : news) scheduler.add(std::move(sequence));
-            const Batch& batch = scheduler.next();
+            const Batch& batch = scheduler.next(seconds());
             idle = batch.tokens.empty();
+            show();
+            std::vector<Token> tokens;
             if (idle) {
                 check_books();
             } else {
-                for (Token& t : scheduler.finish(model->step(batch))) {
-                    t.sequence->inbox->put({t.sequence->choice, std::move(t.result), t.finish});
-                }
+                tokens = scheduler.finish(model->step(batch));
+                show();
+                count(tokens);
+            }
+            leave(before - present());  // before the clients know
+            for (Token& t : tokens) {
+                const Sequence& s = *t.sequence;
+                s.inbox->put({s.choice, std::move(t.result), t.finish, t.of_prompt, seconds(),
+                              s.started, s.cached_tokens});
             }
         }
+    }
+
+    // As vLLM counts them: a prompt's tokens come with the first that follows.
+    void count(const std::vector<Token>& tokens) const {
+        size_t sum = 0;
+        for (const Token& t : tokens) {
+            const size_t made = t.sequence->tokens.size() - size_t(t.sequence->prompt_tokens);
+            if (!t.of_prompt) sum += made <= 1 ? t.sequence->tokens.size() : 1;
+        }
+        metrics.change([&](Figures& f) { f.step_tokens.observe(double(sum)); });
+    }
+
+    int present() const { return scheduler.waiting() + scheduler.running(); }
+
+    void show() const {
+        double used = 0;  // of the pool that is fuller
+        for (const Pool pool : pools) {
+            const PoolUse use = scheduler.use(pool);
+            used = std::max(used, double(use.held) / (use.held + use.cached + use.free));
+        }
+        metrics.change([&](Figures& f) {
+            f.running = scheduler.running(), f.waiting = scheduler.waiting();
+            f.preemptions = scheduler.preemptions(), f.pages_used = used;
+        });
     }
 
     // With nothing to do, no page may be held: a leak would otherwise show days later.
     void check_books() const {
         for (const Pool pool : pools) {
             const PoolUse use = scheduler.use(pool);
-            if (use.held == 0 && scheduler.waiting() + scheduler.running() == 0) continue;
+            if (use.held == 0 && present() == 0) continue;
             say(text("BUG: idle, but pool %d holds %d pages (%d cached, %d free); %d waiting", pool,
                      use.held, use.cached, use.free, scheduler.waiting()));
             std::abort();
         }
     }
 
+    const int most;  // sequences that run or wait
     // engine thread only, but for fits(), which reads constants
     std::unique_ptr<Model> model;
     Scheduler scheduler;
+    Metrics& metrics;
     // any thread
     std::mutex mutex;
     std::condition_variable changed;
-    std::vector<std::shared_ptr<Sequence>> arrived;  // guarded by mutex, as is the next
-    bool stopping = false;
+    std::vector<std::shared_ptr<Sequence>> arrived;  // guarded by mutex, as are the next
+    int inside = 0;
+    bool stopping = false, resting = false;
     std::thread thread;  // last: it starts when the rest is there
 };
 
-// [4] Fields --------------------------------------------------------------------------------------
+// [4] Requests ------------------------------------------------------------------------------------
 
-// A mistake of the client's, or of a flag's: `param` names the field.
-struct Refusal {
-    int status;
-    std::string message, param;
-};
-
-[[noreturn, gnu::format(printf, 2, 3)]] void refuse(const char* param, const char* format, ...) {
-    char message[1000];
-    va_list args;
-    va_start(args, format);
-    std::vsnprintf(message, sizeof message, format, args);
-    va_end(args);
-    throw Refusal{400, message, param};
-}
-
-std::string quote(const json& value) {  // JSON text, valid UTF-8 whatever the bytes
-    return value.dump(-1, ' ', false, json::error_handler_t::replace);
-}
-
-// A value in an error: cut, so that an answer is never much longer than its request.
-std::string show(const json& value) {
-    const std::string s = quote(value);
-    return s.size() <= 100 ? s : s.substr(0, 97) + "...";
-}
-
-// One row of a table that drives parsing, ranges, error texts and help, for requests and flags.
-template <class T>
-struct Field {
-    const char* name;
-    std::variant<bool T::*, int64_t T::*, double T::*, std::string T::*,
-                 std::vector<std::string> T::*>
-        member;
-    double low = 0, high = 0;
-    const char* help = "";
-};
-
-constexpr double no_limit = std::numeric_limits<double>::infinity();
-constexpr double above_zero = std::numeric_limits<double>::min();
-
-// As pydantic reads numbers: "16" is 16, true is 1. Not a number: NaN.
-double as_number(const json& v) {
-    if (v.is_boolean()) return v.get<bool>();
-    if (v.is_number()) return v.get<double>();
-    const std::string s = v.is_string() ? v.get<std::string>() : "";
-    double d = 0;
-    const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), d);
-    return error == std::errc() && end == s.data() + s.size() ? d : std::nan("");
-}
-
-template <class T>
-void assign(T& out, const Field<T>& field, const json& value) {
-    const auto need = [&](bool met, const std::string& allowed) {
-        if (met) return;
-        refuse(field.name, "%s must be %s, got %s", field.name, allowed.c_str(),
-               show(value).c_str());
-    };
-    const std::string range =
-        (field.low == above_zero ? " above 0" : text(" of at least %.15g", field.low)) +
-        (field.high == no_limit ? "" : text(" and at most %.15g", field.high));
-    const double number = as_number(value);
-    const bool in_range = number >= field.low && number <= field.high;
-    std::visit(
-        [&](auto member) {
-            using M = std::decay_t<decltype(member)>;
-            if constexpr (std::is_same_v<M, bool T::*>) {
-                const bool yes = value == "true" || number == 1;
-                need(yes || value == "false" || number == 0, "true or false");
-                out.*member = yes;
-            } else if constexpr (std::is_same_v<M, int64_t T::*>) {
-                // 2^63 is the first double, and the first uint64, that is too large.
-                const bool fits =
-                    number == std::floor(number) && number >= -0x1p63 &&
-                    (value.is_number_unsigned() ? value.get<uint64_t>() <= uint64_t(INT64_MAX)
-                                                : number < 0x1p63);
-                need(in_range && fits, "an integer" + range);
-                out.*member = value.is_number_integer() ? value.get<int64_t>() : int64_t(number);
-            } else if constexpr (std::is_same_v<M, double T::*>) {
-                need(in_range && !value.is_boolean(), "a number" + range);
-                out.*member = number;
-            } else if constexpr (std::is_same_v<M, std::string T::*>) {
-                need(value.is_string(), "a string");
-                out.*member = value;
-            } else if constexpr (std::is_same_v<M, std::vector<std::string> T::*>) {
-                const json list = value.is_string() ? json::array({value}) : value;
-                const auto good = [](const json& s) { return s.is_string() && s != ""; };
-                need(list.is_array() && double(list.size()) <= field.high &&
-                         std::all_of(list.begin(), list.end(), good),
-                     text("a string or a list of at most %.0f, none of them empty", field.high));
-                out.*member = list;
-            }
-        },
-        field.member);
-}
-
-template <class T>
-void assign_all(T& out, const std::vector<Field<T>>& fields, const json& body) {
-    for (const auto& field : fields) {
-        const auto value = body.find(field.name);
-        if (value != body.end() && !value->is_null()) assign(out, field, *value);
-    }
-}
-
-// [5] Requests ------------------------------------------------------------------------------------
-
-struct Options {
-    std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
-    std::vector<std::string> served_model_name;
-    int64_t port = 8000, max_num_seqs = 256, seed = 0;
-    int64_t block_size = page_tokens;                                     // read and not used
-    int64_t max_model_len = -1, max_num_batched_tokens = -1, pages = -1;  // -1: not given
-    double gpu_memory_utilization = -1;
-};
-
-struct App {
+struct Service::App {
+    const Options options;
     // constant once the model is ready
-    Options options;
     int max_model_len = 0;
-    std::optional<Checkpoint> checkpoint;
-    std::optional<Tokenizer> tokenizer;
+    const Checkpoint* checkpoint = nullptr;
+    const Tokenizer* tokenizer = nullptr;
+    std::string cache_config;  // labels of /metrics
+    std::optional<Metrics> metrics;
     std::optional<Engine> engine;
     // guarded by mutex
     std::mutex mutex;
     std::condition_variable changed;
     bool ready = false, leaving = false;
-    int in_flight = 0;
+    int in_flight = 0, generating = 0;
     std::mt19937_64 seeds, ids{std::random_device{}()};
     // any thread
     std::atomic<bool> cut{false};  // what still runs ends now, with what it has
+    std::mutex large;              // a text of 4 MiB takes SentencePiece 500 MB: one at a time
 
+    explicit App(const Options& o) : options(o), seeds(uint64_t(o.seed)) {}
     auto change(auto&& how) {
         const std::lock_guard lock(mutex);
         changed.notify_all();  // they wake when the lock is free
@@ -645,6 +616,8 @@ struct App {
         return change([&] { return text("%016lx%016lx", long(ids()), long(ids())); });
     }
 };
+
+using App = Service::App;
 
 // A request that is being answered. It waits for the model; when the server leaves, it is refused,
 // and those that are inside are waited for.
@@ -665,34 +638,56 @@ struct Visit {
 
 struct Request {
     bool chat = false;
-    std::string model;
+    std::string model, id;
     std::vector<std::vector<int>> prompts;
+    std::vector<std::string> echoed;           // [prompts] what stands before each answer
     int64_t max_tokens = -1, seed = -1;        // -1: not given
     int64_t logprobs = -1, top_logprobs = -1;  // alternatives wanted; -1: none
+    int64_t prompt_logprobs = -1, min_tokens = 0, truncate_prompt_tokens = -1;
     double temperature = 1, top_p = 1, min_p = 0;
+    double presence_penalty = 0, frequency_penalty = 0, repetition_penalty = 1;
     int64_t top_k = 0, n = 1;
-    bool chat_logprobs = false, tokens_as_ids = false, ignore_eos = false;
-    bool stream = false, include_usage = true;
-    bool add_special_tokens = true, add_generation_prompt = true;
+    bool chat_logprobs = false, tokens_as_ids = false, ignore_eos = false, echo = false;
+    bool stream = false, include_usage = true, continuous_usage = false;
+    bool add_special_tokens = true, skip_special_tokens = true, include_stop = false;
+    bool add_generation_prompt = true, continue_final_message = false;
     std::vector<std::string> stop;
+    std::vector<int> stop_token_ids, allowed_token_ids;
+    std::map<int, double> logit_bias;
 };
 
 using RequestFields = std::vector<Field<Request>>;
 
-const RequestFields common_fields{
+const RequestFields prompt_fields{
     {"model", &Request::model},
-    {"max_tokens", &Request::max_tokens, 1, 1e9},
+    {"add_special_tokens", &Request::add_special_tokens},
+    {"add_generation_prompt", &Request::add_generation_prompt},
+    {"continue_final_message", &Request::continue_final_message},
+};
+const RequestFields common_fields{
+    {"max_tokens", &Request::max_tokens, 0, 1e9},
+    {"min_tokens", &Request::min_tokens, 0, 1e9},
     {"temperature", &Request::temperature, 0, no_limit},
     {"top_p", &Request::top_p, above_zero, 1},
     {"top_k", &Request::top_k, -1, 1e9},
     {"min_p", &Request::min_p, 0, 1},
+    {"presence_penalty", &Request::presence_penalty, -2, 2},
+    {"frequency_penalty", &Request::frequency_penalty, -2, 2},
+    {"repetition_penalty", &Request::repetition_penalty, above_zero, 1e9},
+    {"logit_bias", &Request::logit_bias, 0, any_id},
+    {"allowed_token_ids", &Request::allowed_token_ids, 0, any_id},
     {"seed", &Request::seed, -0x1p63, 0x1p63},
     {"n", &Request::n, 1, 128},
     {"stop", &Request::stop, 0, 16},
+    {"stop_token_ids", &Request::stop_token_ids, 0, any_id},
+    {"include_stop_str_in_output", &Request::include_stop},
     {"ignore_eos", &Request::ignore_eos},
+    {"skip_special_tokens", &Request::skip_special_tokens},
+    {"truncate_prompt_tokens", &Request::truncate_prompt_tokens, 1, 1e9},
+    {"prompt_logprobs", &Request::prompt_logprobs, 0, 20},
+    {"echo", &Request::echo},
     {"stream", &Request::stream},
     {"return_tokens_as_token_ids", &Request::tokens_as_ids},
-    {"add_special_tokens", &Request::add_special_tokens},
 };
 const RequestFields completion_fields{{"logprobs", &Request::logprobs, 0, 20}};
 const RequestFields chat_fields{
@@ -700,28 +695,21 @@ const RequestFields chat_fields{
     {"logprobs", &Request::chat_logprobs},
     {"top_logprobs", &Request::top_logprobs, 0, 20},
 };
-const RequestFields stream_fields{{"include_usage", &Request::include_usage}};
-const RequestFields tokenize_fields{
-    {"model", &Request::model},
-    {"add_special_tokens", &Request::add_special_tokens},
-    {"add_generation_prompt", &Request::add_generation_prompt},
+const RequestFields stream_fields{
+    {"include_usage", &Request::include_usage},
+    {"continuous_usage_stats", &Request::continuous_usage},
 };
 
 // What vLLM has, would change the result and is not offered here, each with the one value that it
 // may have: silently ignoring what was asked for would falsify somebody's measurement.
 const json not_offered = json::parse(R"({
-    "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": {},
-    "min_tokens": 0, "stop_token_ids": [], "include_stop_str_in_output": false,
-    "allowed_token_ids": null, "bad_words": [], "skip_special_tokens": true,
-    "truncate_prompt_tokens": null, "prompt_logprobs": null, "best_of": 1, "echo": false,
-    "use_beam_search": false, "length_penalty": 1, "priority": 0, "logits_processors": [],
-    "response_format": {"type": "text"}, "structured_outputs": null, "guided_json": null,
-    "guided_regex": null, "guided_choice": null, "guided_grammar": null, "suffix": null,
-    "prompt_embeds": null, "add_generation_prompt": true, "continue_final_message": false,
-    "tools": [], "tool_choice": "none", "functions": [], "chat_template": null,
-    "chat_template_kwargs": {}, "documents": [], "continuous_usage_stats": false,
-    "function_call": "none", "return_token_ids": false, "logprob_token_ids": [],
-    "thinking_token_budget": null, "repetition_detection": null, "structural_tag": null})");
+    "bad_words": [], "best_of": 1, "use_beam_search": false, "length_penalty": 1, "priority": 0,
+    "logits_processors": [], "response_format": {"type": "text"}, "structured_outputs": null,
+    "guided_json": null, "guided_regex": null, "guided_choice": null, "guided_grammar": null,
+    "structural_tag": null, "suffix": null, "prompt_embeds": null, "tools": [],
+    "tool_choice": "none", "functions": [], "function_call": "none", "chat_template": null,
+    "chat_template_kwargs": {}, "documents": [], "return_token_ids": false,
+    "logprob_token_ids": [], "thinking_token_budget": null, "repetition_detection": null})");
 
 void check_offered(const json& body) {
     for (const auto& [name, only] : not_offered.items()) {
@@ -732,14 +720,21 @@ void check_offered(const json& body) {
     }
 }
 
-// Nested at most 64 deep: copying 100,000 levels would overflow the stack.
+// Nested at most 64 deep: copying 100,000 levels would overflow the stack. (The library's own
+// callback could count them, but with one it takes time that is quadratic in a list's length.)
 json parse_body(const std::string& body) {
-    const auto limit = [](int depth, json::parse_event_t, json&) {
+    int depth = 0;
+    bool in_string = false;
+    for (size_t i = 0; i < body.size(); i++) {
+        if (body[i] == '"') in_string = !in_string;
+        if (body[i] == '\\') i++;  // outside of strings it is an error anyway
+        if (in_string || i >= body.size()) continue;
+        if (body[i] == '[' || body[i] == '{') depth++;
+        if (body[i] == ']' || body[i] == '}') depth--;
         if (depth > 64) refuse("", "the body is nested more than 64 levels deep");
-        return true;
-    };
+    }
     try {
-        json parsed = json::parse(body, limit);
+        json parsed = json::parse(body);
         if (!parsed.is_object()) refuse("", "the body must be a JSON object");
         return parsed;
     } catch (const json::parse_error& e) {
@@ -749,58 +744,94 @@ json parse_body(const std::string& body) {
     }
 }
 
-int check_token(const App& app, const json& id, const char* param) {
+void check_id(int64_t id, int limit, const char* param) {
+    if (id < limit) return;
+    refuse(param,
+           "%s: token id %ld is out of vocabulary: ids are integers from 0 to %d (the vocabulary "
+           "size is %d)",
+           param, long(id), limit - 1, limit);
+}
+
+// Ids of a prompt, or of a text to be written out. V, the model's rows: what has no text may stand
+// in a prompt.
+std::vector<int> parse_ids(const App& app, const json& list, const char* param) {
+    std::vector<int> ids;
     const int V = app.checkpoint->config.V;
-    if (id.is_number_integer() && id >= 0 && id < V) return id;
-    refuse(param, "%s: token id %s is out of vocabulary: ids are integers from 0 to %d", param,
-           show(id).c_str(), V - 1);
+    for (const json& one : list) {
+        const auto id = one.is_number_integer() ? as_integer(one, 0, V - 1) : std::nullopt;
+        if (!id)
+            refuse(param, "%s: token id %s is out of vocabulary: ids are integers from 0 to %d",
+                   param, show(one).c_str(), V - 1);
+        ids.push_back(int(*id));
+    }
+    return ids;
 }
 
 std::vector<int> encode_prompt(const App& app, const std::string& prompt, bool add_bos) {
     std::vector<int> ids = app.tokenizer->encode_with_controls(prompt);
     if (add_bos) ids.insert(ids.begin(), Tokenizer::bos);
-    for (const int id : ids) check_token(app, id, "prompt");
+    for (const int id : ids) check_id(id, app.checkpoint->config.V, "prompt");
     return ids;
 }
 
-// A string, a list of strings, a list of ids, or a list of lists of ids.
-std::vector<std::vector<int>> parse_prompts(const App& app, const json& body, bool add_bos) {
+// A string, a list of strings, a list of ids, or a list of lists of ids: as a list of prompts.
+json list_prompts(const json& body) {
     const json prompt = body.value("prompt", json());
     const bool ids = prompt.is_array() && !prompt.empty() && prompt[0].is_number();
     const json list = ids || prompt.is_string() ? json::array({prompt}) : prompt;
-    const auto need = [&](bool met) {
-        if (met) return;
+    const auto good = [&](const json& p) {
+        return p.type() == list[0].type() && (p.is_string() || (p.is_array() && !p.empty()));
+    };
+    if (!list.is_array() || list.empty() || list.size() > 64 ||
+        !std::all_of(list.begin(), list.end(), good)) {
         refuse("prompt", "prompt must be text, a list of token ids, or 1 to 64 of these, got %s",
                show(prompt).c_str());
-    };
-    need(list.is_array() && !list.empty() && list.size() <= 64);
-    std::vector<std::vector<int>> prompts;
-    for (const json& one : list) {
-        need(one.is_string() || (one.is_array() && !one.empty()));
-        auto& to = prompts.emplace_back();
-        if (one.is_string()) to = encode_prompt(app, one.get_ref<const std::string&>(), add_bos);
-        if (one.is_array()) {
-            for (const json& id : one) to.push_back(check_token(app, id, "prompt"));
-        }
-        if (to.empty()) refuse("prompt", "prompt has no token");
     }
-    return prompts;
+    return list;
 }
 
-std::vector<int> parse_messages(const App& app, const json& body, const Request& r) try {
+void parse_prompts(const App& app, const json& list, Request& r) {
+    const size_t most = r.truncate_prompt_tokens < 0 ? SIZE_MAX : size_t(r.truncate_prompt_tokens);
+    for (const json& one : list) {
+        auto ids = one.is_string()
+                       ? encode_prompt(app, one.get_ref<const std::string&>(), r.add_special_tokens)
+                       : parse_ids(app, one, "prompt");
+        const bool cut = ids.size() > most, bos = one.is_string() && r.add_special_tokens;
+        if (cut) ids.erase(ids.begin(), ids.end() - ptrdiff_t(most));
+        if (cut && bos) ids[0] = Tokenizer::bos;  // Hugging Face cuts before it adds <bos>
+        if (ids.empty()) refuse("prompt", "prompt has no token");
+        if (r.echo)
+            r.echoed.push_back(one.is_string() && !cut ? one.get<std::string>()
+                                                       : app.tokenizer->decode(ids));
+        r.prompts.push_back(std::move(ids));
+    }
+}
+
+void parse_messages(const App& app, const json& body, Request& r) try {
     const json messages = body.value("messages", json());
+    std::string last;  // the last message's text
     for (const json& message : messages) {
         const json content = message.is_object() ? message.value("content", json()) : json();
+        last = content.is_string() ? content : "";
         for (const json& part : content.is_array() ? content : json::array()) {
             const json type = part.is_object() ? part.value("type", json()) : json();
-            if (type == "text") continue;
-            refuse("messages", "only text is served: a part of a content has the type %s",
-                   show(type).c_str());
+            if (type != "text")
+                refuse("messages", "only text is served: a part of a content has the type %s",
+                       show(type).c_str());
+            if (part.contains("text") && part["text"].is_string()) last += part["text"];
         }
     }
-    auto ids = app.tokenizer->chat(messages, r.add_generation_prompt);  // <bos> is the template's
-    if (r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);
-    return ids;
+    using Ending = Tokenizer::Ending;
+    auto ids = app.tokenizer->chat(messages, r.continue_final_message  ? Ending::open
+                                             : r.add_generation_prompt ? Ending::generation_prompt
+                                                                       : Ending::closed);
+    if (r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);  // beside the template's own
+    const auto most = r.truncate_prompt_tokens;
+    if (most > 0 && int64_t(ids.size()) > most) ids.erase(ids.begin(), ids.end() - most);
+    // The answer goes on with the last message, if both are of one role.
+    const bool goes_on = !r.add_generation_prompt || messages.back()["role"] == "assistant";
+    if (r.echo) r.echoed.push_back(goes_on ? last : "");
+    r.prompts.push_back(std::move(ids));
 } catch (const std::invalid_argument& e) {
     refuse("messages", "%s", e.what());
 }
@@ -829,44 +860,113 @@ void check_length(const App& app, const Request& r, size_t size) {
            head.c_str(), prompt + asked, prompt, asked);
 }
 
+// Logprobs of prompts are held as text until the answer is whole: some 500 bytes for each id named.
+void check_scores(const Request& r) {
+    size_t tokens = 0;
+    for (const auto& prompt : r.prompts) tokens += prompt.size();
+    const size_t ids = r.prompt_logprobs < 0 ? 0 : tokens * size_t(r.n * (r.prompt_logprobs + 1));
+    if (ids > 4 << 20)
+        refuse("prompt_logprobs",
+               "logprobs of prompts must name at most 4194304 ids, got %zu: %zu tokens x n %d x %d",
+               ids, tokens, int(r.n), int(r.prompt_logprobs) + 1);
+}
+
+void parse_stream_options(const json& body, Request& r) {
+    const json options = body.value("stream_options", json());
+    r.include_usage = options.is_object();
+    if (options.is_null()) return;
+    if (!r.stream && options != json::object())
+        refuse("stream_options", "Stream options can only be defined when `stream=True`.");
+    if (!options.is_object())
+        refuse("stream_options", "stream_options must be an object, got %s", show(options).c_str());
+    assign_all(r, stream_fields, options);
+    r.continuous_usage &= r.include_usage;
+}
+
+// What concerns more than one field, or the vocabulary.
+void check_fields(const App& app, Request& r, const json& body) {
+    if (r.max_tokens == 0 && (r.chat || !r.echo))
+        refuse("max_tokens", "max_tokens must be at least 1, got 0.");
+    const int64_t most = r.max_tokens < 0 ? app.max_model_len : r.max_tokens;
+    if (r.min_tokens > most)
+        refuse("min_tokens", "min_tokens must be at most max_tokens, %ld, got %ld", long(most),
+               long(r.min_tokens));
+    if (r.chat && r.top_logprobs >= 0 && !r.chat_logprobs)
+        refuse("top_logprobs", "when using `top_logprobs`, `logprobs` must be set to true.");
+    if (r.stream && r.prompt_logprobs > 0)
+        refuse("prompt_logprobs", "`prompt_logprobs` are not available when `stream=True`.");
+    if (r.continue_final_message && r.add_generation_prompt)
+        refuse("continue_final_message",
+               "Cannot set both `continue_final_message` and `add_generation_prompt` to True.");
+    if (r.temperature == 0 && r.n > 1)
+        refuse("n", "n must be 1 when using greedy sampling, got %d.", int(r.n));
+    // Each step looks at all of these.
+    for (const auto& [name, size] : {std::pair("stop_token_ids", r.stop_token_ids.size()),
+                                     std::pair("logit_bias", r.logit_bias.size())}) {
+        if (size > 1024) refuse(name, "%s must have at most 1024 ids, got %zu", name, size);
+    }
+    const int V = app.checkpoint->config.V, drawn = app.checkpoint->config.vocab;
+    for (const auto& [id, bias] : r.logit_bias) check_id(id, V, "logit_bias");
+    for (const int id : r.stop_token_ids) check_id(id, V, "stop_token_ids");
+    for (const int id : r.allowed_token_ids) check_id(id, drawn, "allowed_token_ids");
+    const auto allowed = body.find("allowed_token_ids");
+    if (allowed != body.end() && !allowed->is_null() && r.allowed_token_ids.empty())
+        refuse("allowed_token_ids", "allowed_token_ids must be a list of at least one id, got []");
+}
+
+// All that can be said of a request before its text is looked at.
 Request parse_request(const App& app, const json& body, bool chat) {
     const SamplingDefaults& d = app.checkpoint->defaults;
     Request r;
     r.chat = chat, r.add_special_tokens = !chat;
     r.temperature = d.temperature, r.top_p = d.top_p, r.min_p = d.min_p, r.top_k = d.top_k;
-    assign_all(r, common_fields, body);
+    r.repetition_penalty = d.repetition_penalty;
+    for (const auto* fields : {&prompt_fields, &common_fields}) assign_all(r, *fields, body);
     assign_all(r, chat ? chat_fields : completion_fields, body);
-    check_offered(body);
-    const json options = body.value("stream_options", json());
-    r.include_usage = options.is_object();
-    if (!options.is_null() && !r.stream) {
-        refuse("stream_options", "Stream options can only be defined when `stream=True`.");
-    }
-    if (!options.is_null() && !options.is_object()) {
-        refuse("stream_options", "stream_options must be an object, got %s", show(options).c_str());
-    }
-    if (r.include_usage) assign_all(r, stream_fields, options), check_offered(options);
+    parse_stream_options(body, r);
     check_model(app, r.model);
+    check_offered(body);
+    if (!chat) r.add_generation_prompt = r.continue_final_message = false;
     if (r.model.empty()) r.model = app.options.served_model_name[0];
-    if (chat && r.top_logprobs >= 0 && !r.chat_logprobs)
-        refuse("top_logprobs", "when using `top_logprobs`, `logprobs` must be set to true.");
-    if (r.chat_logprobs) r.logprobs = std::max<int64_t>(0, r.top_logprobs);
     r.temperature = r.temperature < 1e-5 ? 0 : std::clamp(r.temperature, 0.01, 1e6);  // as vLLM
-    if (r.temperature == 0 && r.n > 1)
-        refuse("n", "n must be 1 when using greedy sampling, got %d.", int(r.n));
     if (!chat && r.max_tokens < 0) r.max_tokens = 16;
-    if (chat) r.prompts.push_back(parse_messages(app, body, r));
-    if (!chat) r.prompts = parse_prompts(app, body, r.add_special_tokens);
-    for (const auto& prompt : r.prompts) check_length(app, r, prompt.size());
-    if (int64_t(r.prompts.size()) * r.n > 128)
-        refuse("n", "prompts times n must be at most 128, got %zu x %d", r.prompts.size(),
-               int(r.n));
+    check_fields(app, r, body);
+    if (r.chat_logprobs) r.logprobs = std::max<int64_t>(0, r.top_logprobs);
+    if (r.echo && r.prompt_logprobs < 0) r.prompt_logprobs = r.logprobs;
     return r;
+}
+
+using Mask = std::vector<uint32_t>;
+
+// The ids that may be sampled, at any time or before min_tokens. None: all.
+std::shared_ptr<const Mask> make_mask(const App& app, const Request& r,
+                                      const std::vector<int>& but) {
+    if (r.allowed_token_ids.empty() && but.empty()) return nullptr;
+    const int vocab = app.checkpoint->config.vocab;
+    const bool all = r.allowed_token_ids.empty();
+    auto mask = std::make_shared<Mask>(size_t(vocab + 31) / 32, all ? ~0u : 0u);
+    for (const int id : r.allowed_token_ids) (*mask)[size_t(id / 32)] |= 1u << id % 32;
+    for (const int id : but) {
+        if (id < vocab) (*mask)[size_t(id / 32)] &= ~(1u << id % 32);
+    }
+    if (std::all_of(mask->begin(), mask->end(), [](uint32_t word) { return word == 0; }))
+        refuse("min_tokens",
+               "min_tokens must be 0 where all ids that are allowed end the text, got %ld",
+               long(r.min_tokens));
+    return mask;
 }
 
 // One for each choice: choice i of prompt p has the index p * n + i, and the seed plus i.
 std::vector<std::shared_ptr<Sequence>> make_sequences(App& app, const Request& r) {
     const auto inbox = std::make_shared<Inbox>();
+    std::vector<int> stop_ids = r.stop_token_ids;
+    const auto& eos = app.checkpoint->config.eos;
+    if (!r.ignore_eos) stop_ids.insert(stop_ids.end(), eos.begin(), eos.end());
+    // vLLM masks the ends of the model even where they are ignored.
+    std::vector<int> ends = stop_ids;
+    if (r.min_tokens > 0) ends.insert(ends.end(), eos.begin(), eos.end());
+    const auto allowed = make_mask(app, r, {});
+    const auto allowed_before = r.min_tokens > 0 ? make_mask(app, r, ends) : nullptr;
     std::vector<std::shared_ptr<Sequence>> sequences;
     for (const auto& prompt : r.prompts) {
         const int size = int(prompt.size()), own_limit = app.checkpoint->defaults.max_new_tokens;
@@ -877,6 +977,13 @@ std::vector<std::shared_ptr<Sequence>> make_sequences(App& app, const Request& r
                    "%d prompt tokens and %d more need more pages than the server has: ask for "
                    "less, or give it more memory",
                    size, max_tokens);
+        // A logit divided by less would be no finite number.
+        const float repetition = float(std::clamp(r.repetition_penalty, 1e-6, 1e6));
+        std::map<int, Adjustment> adjustments;
+        for (const auto& [id, bias] : r.logit_bias)
+            adjustments[id].bias = float(std::clamp(bias, -100., 100.));
+        for (const int id : r.repetition_penalty != 1 ? prompt : std::vector<int>())
+            adjustments[id].repetition = repetition;
         const uint64_t seed = r.seed == -1 ? app.draw_seed() : uint64_t(r.seed);
         for (int i = 0; i < r.n; i++) {
             auto& s = *sequences.emplace_back(std::make_shared<Sequence>());
@@ -886,15 +993,25 @@ std::vector<std::shared_ptr<Sequence>> make_sequences(App& app, const Request& r
             s.sampling = {float(r.temperature), int(std::max<int64_t>(0, r.top_k)),
                           float(r.top_p),       float(r.min_p),
                           seed + uint64_t(i),   int(r.logprobs)};
-            if (!r.ignore_eos) s.stop_ids = app.checkpoint->config.eos;
+            s.stop_ids = stop_ids;
+            s.prompt_logprobs = int(r.prompt_logprobs);
+            s.presence = float(r.presence_penalty), s.frequency = float(r.frequency_penalty);
+            s.repetition = repetition;
+            for (auto& [id, adjustment] : adjustments) {
+                s.adjustments.push_back(adjustment);
+                s.adjustments.back().id = id;
+            }
+            s.allowed = allowed, s.allowed_before = allowed_before;
+            s.min_tokens = int(r.min_tokens);
             s.choice = int(sequences.size()) - 1;
             s.inbox = inbox;
+            s.arrived = seconds();
         }
     }
     return sequences;
 }
 
-// [6] Answers -------------------------------------------------------------------------------------
+// [5] Answers -------------------------------------------------------------------------------------
 
 // One request's answer, streamed or whole, text or chat. Lives as long as its response; when that
 // ends, whatever still runs for it is cancelled. JSON is written as text, so that its shape can be
@@ -903,103 +1020,171 @@ class Answer {
   public:
     Answer(std::shared_ptr<Visit> v, Request r)
         : visit(std::move(v)), request(std::move(r)), sequences(make_sequences(app, request)) {
+        for (size_t i = 0; i < choices.size(); i++) begin(choices[i], i / size_t(request.n));
         for (const auto& prompt : request.prompts) prompt_tokens += int(prompt.size());
+        app.metrics->change([&](Figures& f) {
+            f.asked_n.observe(double(request.n));
+            f.prompt_tokens += prompt_tokens;
+        });
         app.engine->post(sequences);
+        app.change([&] { app.generating++; });
     }
     ~Answer() {
         for (const auto& s : sequences) s->cancelled = true;
+        app.metrics->change([&](Figures& f) { f.aborted += double(unfinished); });
+        app.change([&] { app.generating--; });
     }
     Answer(const Answer&) = delete;
 
-    const char* content_type() const {
-        return request.stream ? "text/event-stream; charset=utf-8" : "application/json";
-    }
-
-    // Called again and again by the HTTP library until the answer is done; false: the client left,
-    // as a write finds out, or a look while there is nothing to write.
-    bool pump(httplib::DataSink& sink) {
-        std::string out;
-        if (request.stream && request.chat && !started) {
-            for (size_t i = 0; i < choices.size(); i++) {
-                event(out, text(R"({"index":%zu,"delta":{"role":"assistant","content":""},)"
-                                R"("logprobs":null,"finish_reason":null})",
-                                i));
-            }
-        }
-        started = true;
-        for (const Delivery& delivery : sequences[0]->inbox->take()) put(out, delivery);
-        for (int i = 0; app.cut && i < int(choices.size()); i++) put(out, {i, {}, Finish::abort});
-        if (unfinished == 0) {
-            if (request.stream && request.include_usage) event(out, "", usage());
-            out += request.stream ? "data: [DONE]\n\n" : whole();
-        }
-        if (out.empty()) return sink.is_writable();
-        if (!sink.write(out.data(), out.size())) return false;
-        if (unfinished == 0) sink.done();
-        return true;
+    HttpReply reply(const std::shared_ptr<Answer>& self) const {
+        return {"", request.stream ? "text/event-stream; charset=utf-8" : "application/json",
+                [self](std::string& out) { return self->pump(out); }};
     }
 
   private:
     struct Choice {
-        explicit Choice(const Tokenizer& t) : detokenizer(t) {}
+        Choice(const Tokenizer& t, bool controls) : detokenizer(t, controls) {}
         Detokenizer detokenizer;
         std::string held;  // decoded, but it may turn out to be the start of a stop string
-        std::string text;  // of a whole answer
+        std::string text;  // not sent yet
         std::string finish_reason = "null", stop_reason = "null";  // as JSON
-        std::string logprobs[4];  // lists without brackets, in the order of logprobs_json
-        size_t offset = 0;        // of the next token, in characters
+        std::string logprobs[4];      // lists without brackets, in the order of logprobs_json
+        std::string prompt_logprobs;  // the same
+        size_t offset = 0;            // of the next token, in characters
+        int prompt_size = 0, tokens = 0, cached = 0;
+        double first = 0, last = 0;  // when these tokens were made
         bool finished = false;
     };
 
-    void put(std::string& out, const Delivery& d) {
-        const int token_id = d.result.id;
-        Choice& c = choices[d.choice];
-        if (c.finished) return;  // it came behind a stop string
-        Finish finish = d.finish;
-        if (finish != Finish::abort) {
-            completion_tokens++;
-            if (request.logprobs >= 0) add_logprobs(c, d.result);
-            if (finish != Finish::stop)
-                c.held += c.detokenizer.push(token_id);
-            else if (token_id != Tokenizer::eos)
-                c.stop_reason = std::to_string(token_id);
+    // Appends what has come; false: that was all.
+    bool pump(std::string& out) {
+        if (request.stream && request.chat && !started) {
+            for (size_t i = 0; i < choices.size(); i++) {
+                event(out,
+                      text(R"({"index":%zu,"delta":{"role":"assistant","content":""},)"
+                           R"("logprobs":null,"finish_reason":null})",
+                           i),
+                      usage_so_far(choices[i]));
+            }
+            started = true;
+            return true;
         }
-        if (finish != Finish::none) c.held += c.detokenizer.flush();
-        c.text += sendable(c, finish);
-        c.finished = finish != Finish::none;
-        if (c.finished) {
-            static const char* const names[] = {"null", R"("stop")", R"("length")", R"("abort")"};
-            c.finish_reason = names[int(finish)];
-            sequences[d.choice]->cancelled = true;  // for the scheduler a stop string is none
-            unfinished--;
+        for (const Delivery& delivery : sequences[0]->inbox->take()) put(out, delivery);
+        for (size_t i = 0; app.cut && i < choices.size(); i++) {
+            Finish finish = Finish::abort;
+            if (choices[i].finished) continue;
+            release_text(choices[i], finish);
+            settle(out, int(i), finish);
         }
-        if (request.stream) event(out, choice_json(d.choice));
+        if (unfinished > 0) return true;
+        if (request.stream && request.include_usage) event(out, "", usage());
+        out += request.stream ? "data: [DONE]\n\n" : whole();
+        return false;
     }
 
-    // The part of the held text that may go out. The earliest stop string cuts it and ends the
-    // choice; what could be the start of one stays held.
-    std::string sendable(Choice& c, Finish& finish) const {
-        size_t cut = std::string::npos, keep = 0;
+    // The first token has nothing before it to be likely after.
+    void begin(Choice& c, size_t prompt) {
+        const auto& ids = request.prompts[prompt];
+        c.prompt_size = int(ids.size());
+        if (!request.echo && request.prompt_logprobs < 0) return;
+        if (request.echo) c.text = request.echoed[prompt];
+        if (request.prompt_logprobs >= 0) c.prompt_logprobs = "null";
+        if (!request.echo || request.chat || request.logprobs < 0) return;
+        add_token(c, token_text(ids[0]), "null", "null");
+    }
+
+    void put(std::string& out, const Delivery& d) {
+        Choice& c = choices[size_t(d.choice)];
+        if (c.finished) return;  // it came behind a stop string
+        if (d.of_prompt) {
+            append(c.prompt_logprobs, ranked(d.result));
+            if (request.echo && !request.chat && request.logprobs >= 0) add_logprobs(c, d.result);
+            return;
+        }
+        Finish finish = d.finish;
+        if (request.max_tokens != 0) {  // else an end without a token
+            c.tokens++;
+            if (request.logprobs >= 0) add_logprobs(c, d.result);
+            if (finish == Finish::stop && d.result.id != Tokenizer::eos)
+                c.stop_reason = std::to_string(d.result.id);
+            if (finish != Finish::stop || request.include_stop)
+                c.held += c.detokenizer.push(d.result.id);
+        }
+        release_text(c, finish);
+        observe(c, d, finish != Finish::none);
+        settle(out, d.choice, finish);
+    }
+
+    // What can be sent of the text held. The earliest stop string cuts it and ends the choice; what
+    // could be the start of one stays held.
+    void release_text(Choice& c, Finish& finish) const {
+        if (finish != Finish::none) c.held += c.detokenizer.flush();
+        size_t first = std::string::npos, cut = 0, keep = 0;
         for (const std::string& stop : request.stop) {
             const size_t at = c.held.find(stop);
-            if (at < cut) cut = at, c.stop_reason = quote(stop);
+            if (at < first) {
+                first = at, cut = at + (request.include_stop ? stop.size() : 0);
+                c.stop_reason = quote(stop);
+            }
             for (size_t n = std::min(stop.size() - 1, c.held.size()); n > keep; n--) {
                 if (c.held.ends_with(std::string_view(stop).substr(0, n))) keep = n;
             }
         }
-        if (cut != std::string::npos)
+        if (first != std::string::npos)
             finish = Finish::stop;
         else
             cut = c.held.size() - (finish == Finish::none ? keep : 0);
-        const std::string out = c.held.substr(0, cut);
+        c.text += c.held.substr(0, cut);
         c.held.erase(0, cut);
-        return out;
     }
 
-    std::string token_text(int token) const {
-        if (request.tokens_as_ids) return quote(text("token_id:%d", token));
+    void settle(std::string& out, int index, Finish finish) {
+        static const char* const names[] = {"null", R"("stop")", R"("length")", R"("abort")"};
+        Choice& c = choices[size_t(index)];
+        if (finish != Finish::none) {
+            c.finished = true;
+            c.finish_reason = names[int(finish)];
+            sequences[size_t(index)]->cancelled = true;  // for the scheduler a stop string is none
+            unfinished--;
+            app.metrics->change([&](Figures& m) {
+                (finish == Finish::stop     ? m.stopped
+                 : finish == Finish::length ? m.reached_length
+                                            : m.aborted)++;
+                m.prompt_size.observe(c.prompt_size), m.generated_size.observe(c.tokens);
+                m.max_generated_size.observe(c.tokens);
+                m.asked_size.observe(sequences[size_t(index)]->max_tokens);
+            });
+        }
+        if (request.stream) event(out, choice_json(index), usage_so_far(c));
+    }
+
+    void observe(Choice& c, const Delivery& d, bool last) {
+        const double arrived = sequences[size_t(d.choice)]->arrived;
+        const bool first = c.tokens <= 1;
+        if (first) c.first = d.at, c.cached = d.cached_tokens;
+        app.metrics->change([&](Figures& m) {
+            if (c.tokens > 0) m.generated_tokens++;
+            if (first) {
+                m.first_token.observe(d.at - arrived), m.queue.observe(d.started - arrived);
+                m.prefill.observe(d.at - d.started);
+                m.cache_queries += c.prompt_size, m.cache_hits += d.cached_tokens;
+            } else {
+                m.next_token.observe(d.at - c.last);
+            }
+            if (last) {
+                m.whole.observe(d.at - arrived), m.inference.observe(d.at - d.started);
+                m.decode.observe(d.at - c.first);
+            }
+        });
+        c.last = d.at;
+    }
+
+    std::string token_name(int token) const {  // its text; a control token's own spelling
         const std::string s = app.tokenizer->decode({token});
         return quote(s.empty() ? std::string(app.tokenizer->name(token)) : s);
+    }
+    std::string token_text(int token) const {
+        return request.tokens_as_ids ? quote(text("token_id:%d", token)) : token_name(token);
     }
 
     static std::string number(float logprob) {  // floored as vLLM's: JSON has no -inf
@@ -1010,8 +1195,21 @@ class Answer {
         list += (list.empty() ? "" : ",") + entry;
     }
 
+    // An entry of prompt_logprobs: the token itself, then its alternatives.
+    std::string ranked(const Result& r) const {
+        const auto entry = [&](int token, float logprob, int rank) {
+            return text(R"("%d":{"logprob":%s,"rank":%d,"decoded_token":%s})", token,
+                        number(logprob).c_str(), rank, token_name(token).c_str());
+        };
+        std::string list = entry(r.id, r.logprob, r.rank);
+        for (size_t i = 0; i < r.top.size(); i++) {
+            const auto& t = r.top[i];
+            if (t.id != r.id) append(list, entry(t.id, t.logprob, int(i) + 1));
+        }
+        return "{" + list + "}";
+    }
+
     void add_logprobs(Choice& c, const Result& r) const {
-        const std::string name = token_text(r.id);
         std::string top;
         if (request.chat) {
             const auto entry = [&](int token, float logprob) {
@@ -1024,14 +1222,23 @@ class Answer {
             return append(c.logprobs[0],
                           entry(r.id, r.logprob) + R"(,"top_logprobs":[)" + top + "]}");
         }
-        append(top, name + ":" + number(r.logprob));
+        std::vector<std::string> names{token_text(r.id)};
+        append(top, names[0] + ":" + number(r.logprob));
         for (const auto& t : r.top) {
-            if (t.id != r.id) append(top, token_text(t.id) + ":" + number(t.logprob));
+            const std::string name = token_text(t.id);
+            if (std::count(names.begin(), names.end(), name)) continue;  // it, or one of its text
+            names.push_back(name);
+            append(top, name + ":" + number(t.logprob));
         }
+        add_token(c, names[0], number(r.logprob), "{" + top + "}");
+    }
+
+    static void add_token(Choice& c, const std::string& name, const std::string& logprob,
+                          const std::string& top) {
         append(c.logprobs[0], std::to_string(c.offset));
-        append(c.logprobs[1], number(r.logprob));
+        append(c.logprobs[1], logprob);
         append(c.logprobs[2], name);
-        append(c.logprobs[3], "{" + top + "}");
+        append(c.logprobs[3], top);
         const std::string plain = json::parse(name).get<std::string>();
         c.offset += size_t(
             std::count_if(plain.begin(), plain.end(), [](char b) { return (b & 0xc0) != 0x80; }));
@@ -1039,7 +1246,7 @@ class Answer {
 
     // What has come since the last call.
     std::string choice_json(int index) {
-        Choice& c = choices[index];
+        Choice& c = choices[size_t(index)];
         const std::string piece = quote(std::exchange(c.text, {}));
         std::string logprobs = "null";
         std::string(&l)[4] = c.logprobs;
@@ -1059,13 +1266,33 @@ class Answer {
         s += R"(,"logprobs":)" + logprobs + R"(,"finish_reason":)" + c.finish_reason;
         if (!request.chat || !request.stream || c.finished)
             s += R"(,"stop_reason":)" + c.stop_reason;
-        return s + (request.chat || request.stream ? "}" : R"(,"prompt_logprobs":null})");
+        return s + (request.chat || request.stream ? "}" : prompt_logprobs_json(c) + "}");
     }
 
-    std::string usage() const {
+    static std::string prompt_logprobs_json(const Choice& c) {
+        const std::string& list = c.prompt_logprobs;
+        return R"(,"prompt_logprobs":)" + (list.empty() ? "null" : "[" + list + "]");
+    }
+
+    static std::string usage_json(int prompt, int completion, int cached) {
         return text(R"({"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,)"
-                    R"("prompt_tokens_details":null})",
-                    prompt_tokens, prompt_tokens + completion_tokens, completion_tokens);
+                    R"("prompt_tokens_details":%s})",
+                    prompt, prompt + completion, completion,
+                    cached > 0 ? text(R"({"cached_tokens":%d})", cached).c_str() : "null");
+    }
+
+    // Of the whole: a prompt counts once, whatever its number of choices.
+    std::string usage() const {
+        int made = 0, cached = 0;
+        for (size_t i = 0; i < choices.size(); i++) {
+            made += choices[i].tokens;
+            if (i % size_t(request.n) == 0) cached += choices[i].cached;
+        }
+        return usage_json(prompt_tokens, made, app.options.prompt_tokens_details ? cached : 0);
+    }
+
+    std::string usage_so_far(const Choice& c) const {
+        return request.continuous_usage ? usage_json(c.prompt_size, c.tokens, 0) : "null";
     }
 
     std::string envelope(const char* object, const std::string& list) const {
@@ -1074,7 +1301,7 @@ class Answer {
                quote(request.model) + R"(,"choices":[)" + list + "]";
     }
 
-    void event(std::string& out, const std::string& choice, const std::string& use = "null") const {
+    void event(std::string& out, const std::string& choice, const std::string& use) const {
         out +=
             "data: " + envelope(request.chat ? "chat.completion.chunk" : "text_completion", choice);
         if (!request.chat || use != "null") out += R"(,"usage":)" + use;
@@ -1085,455 +1312,214 @@ class Answer {
         std::string list;
         for (size_t i = 0; i < choices.size(); i++) append(list, choice_json(int(i)));
         return envelope(request.chat ? "chat.completion" : "text_completion", list) +
-               R"(,"usage":)" + usage() + (request.chat ? R"(,"prompt_logprobs":null})" : "}");
+               R"(,"usage":)" + usage() + (request.chat ? prompt_logprobs_json(choices[0]) : "") +
+               "}";
     }
 
     const std::shared_ptr<Visit> visit;
     App& app = visit->app;
     const Request request;
     const std::vector<std::shared_ptr<Sequence>> sequences;
-    std::vector<Choice> choices = std::vector<Choice>(sequences.size(), Choice(*app.tokenizer));
+    std::vector<Choice> choices =
+        std::vector<Choice>(sequences.size(), Choice(*app.tokenizer, !request.skip_special_tokens));
     size_t unfinished = sequences.size();
-    int prompt_tokens = 0, completion_tokens = 0;
+    int prompt_tokens = 0;
     bool started = false;
-    const std::string id = (request.chat ? "chatcmpl-" : "cmpl-") + app.draw_hex();
+    const std::string id =
+        (request.chat ? "chatcmpl-" : "cmpl-") + (request.id.empty() ? app.draw_hex() : request.id);
     const long created = std::time(nullptr);
 };
 
-// [7] Routes --------------------------------------------------------------------------------------
+// [6] Routes --------------------------------------------------------------------------------------
 
-void reply(httplib::Response& res, const ordered& body, int status = 200) {
-    res.status = status;
-    res.set_content(body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json");
-}
-
-void reply_error(httplib::Response& res, const Refusal& r) {
-    const char* type = r.status == 404   ? "NotFoundError"
-                       : r.status == 503 ? "ServiceUnavailableError"
-                       : r.status < 500  ? "BadRequestError"
-                                         : "InternalServerError";
-    if (r.status == 503) res.set_header("Retry-After", "1");
-    const ordered param = r.param.empty() ? ordered() : ordered(r.param);
-    reply(
-        res,
-        {{"error", {{"message", r.message}, {"type", type}, {"param", param}, {"code", r.status}}}},
-        r.status);
+HttpReply reply(const ordered& body) {
+    return {body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json", {}};
 }
 
 // A handler gets what it needs to answer, and throws a Refusal when it will not.
-using Handler = void (*)(const std::shared_ptr<Visit>&, const json& body, httplib::Response&);
+using Handler = HttpReply (*)(const std::shared_ptr<Visit>&, const HttpRequest&, const json& body);
+
+// A client's own id for a request, if it can stand in JSON and in a log as it is.
+std::string own_id(const std::string& given) {
+    const bool plain = given.size() <= 128 && std::all_of(given.begin(), given.end(), [](char c) {
+                           return std::isalnum(uint8_t(c)) ||
+                                  std::string_view("-_.:").find(c) != std::string::npos;
+                       });
+    return plain ? given : "";
+}
 
 template <bool chat>
-void generate(const std::shared_ptr<Visit>& visit, const json& body, httplib::Response& res) {
-    const auto answer = std::make_shared<Answer>(visit, parse_request(visit->app, body, chat));
-    res.set_chunked_content_provider(
-        answer->content_type(),
-        [answer](size_t, httplib::DataSink& sink) { return answer->pump(sink); });
+HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http, const json& body) {
+    App& app = visit->app;
+    const json prompts = chat ? json::array({0}) : list_prompts(body);
+    Request r = parse_request(app, body, chat);
+    r.id = own_id(http.id);
+    const int count = int(prompts.size()) * int(r.n);
+    if (count > 128)
+        refuse("n", "prompts times n must be at most 128, got %zu x %d", prompts.size(), int(r.n));
+    app.engine->enter(count);
+    std::shared_ptr<Answer> answer;
+    try {
+        if (chat)
+            parse_messages(app, body, r);
+        else
+            parse_prompts(app, prompts, r);
+        for (const auto& prompt : r.prompts) check_length(app, r, prompt.size());
+        check_scores(r);
+        answer = std::make_shared<Answer>(visit, std::move(r));
+    } catch (...) {
+        app.engine->leave(count);  // nothing was posted
+        throw;
+    }
+    return answer->reply(answer);
 }
 
-void tokenize(const std::shared_ptr<Visit>& visit, const json& body, httplib::Response& res) {
+HttpReply tokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
     const App& app = visit->app;
-    const bool chat = body.contains("messages");
     Request r;
-    r.add_special_tokens = !chat;
-    assign_all(r, tokenize_fields, body);
+    r.chat = body.contains("messages");
+    r.add_special_tokens = !r.chat;
+    assign_all(r, prompt_fields, body);
     check_model(app, r.model);
+    check_offered(body);
+    if (!r.chat) r.add_generation_prompt = false;
+    check_fields(app, r, json::object());
     const json prompt = body.value("prompt", json());
-    if (!chat && !prompt.is_string())
+    if (!r.chat && !prompt.is_string())
         refuse("prompt", "prompt must be a string, got %s", show(prompt).c_str());
-    auto ids = chat
-                   ? parse_messages(app, body, r)
-                   : encode_prompt(app, prompt.get_ref<const std::string&>(), r.add_special_tokens);
-    reply(res, {{"count", ids.size()}, {"max_model_len", app.max_model_len}, {"tokens", ids}});
+    if (r.chat) parse_messages(app, body, r);
+    const auto ids =
+        r.chat ? r.prompts[0]
+               : encode_prompt(app, prompt.get_ref<const std::string&>(), r.add_special_tokens);
+    return reply({{"count", ids.size()}, {"max_model_len", app.max_model_len}, {"tokens", ids}});
 }
 
-void detokenize(const std::shared_ptr<Visit>& visit, const json& body, httplib::Response& res) {
+HttpReply detokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
+    const App& app = visit->app;
     Request r;
-    assign_all(r, tokenize_fields, body);
-    check_model(visit->app, r.model);
+    assign_all(r, prompt_fields, body);
+    check_model(app, r.model);
     const json tokens = body.value("tokens", json());
     if (!tokens.is_array())
         refuse("tokens", "tokens must be a list of token ids, got %s", show(tokens).c_str());
-    std::vector<int> ids;
-    for (const json& id : tokens) ids.push_back(check_token(visit->app, id, "tokens"));
-    reply(res, {{"prompt", visit->app.tokenizer->decode(ids)}});
+    return reply({{"prompt", app.tokenizer->decode(parse_ids(app, tokens, "tokens"))}});
 }
 
-void list_models(const std::shared_ptr<Visit>& visit, const json&, httplib::Response& res) {
+ordered model_card(App& app, const std::string& name) {
+    ordered model = ordered::parse(R"({"id":0,"object":"model","created":0,"owned_by":"vllm",
+        "root":0,"parent":null,"max_model_len":0,"permission":[{"id":0,
+        "object":"model_permission","created":0,"allow_create_engine":false,
+        "allow_sampling":true,"allow_logprobs":true,"allow_search_indices":false,
+        "allow_view":true,"allow_fine_tuning":false,"organization":"*","group":null,
+        "is_blocking":false}]})");
+    ordered& permission = model["permission"][0];
+    model["id"] = name, model["root"] = app.options.model;
+    model["max_model_len"] = app.max_model_len;
+    model["created"] = permission["created"] = std::time(nullptr);
+    permission["id"] = "modelperm-" + app.draw_hex();
+    return model;
+}
+
+// All of them, or the one that the path names.
+HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& http, const json&) {
     App& app = visit->app;
-    ordered list = ordered::parse(R"({"object":"list","data":[]})");
-    for (const std::string& name : app.options.served_model_name) {
-        ordered model = ordered::parse(R"({"id":0,"object":"model","created":0,"owned_by":"vllm",
-            "root":0,"parent":null,"max_model_len":0,"permission":[{"id":0,
-            "object":"model_permission","created":0,"allow_create_engine":false,
-            "allow_sampling":true,"allow_logprobs":true,"allow_search_indices":false,
-            "allow_view":true,"allow_fine_tuning":false,"organization":"*","group":null,
-            "is_blocking":false}]})");
-        ordered& permission = model["permission"][0];
-        model["id"] = name, model["root"] = app.options.model;
-        model["max_model_len"] = app.max_model_len;
-        model["created"] = permission["created"] = std::time(nullptr);
-        permission["id"] = "modelperm-" + app.draw_hex();
-        list["data"].push_back(model);
+    const std::string all = "/v1/models";
+    if (http.path != all) {
+        const std::string name = http.path.substr(all.size() + 1);
+        check_model(app, name.empty() ? "/" : name);
+        return reply(model_card(app, name));
     }
-    reply(res, list);
+    ordered list = ordered::parse(R"({"object":"list","data":[]})");
+    for (const std::string& name : app.options.served_model_name)
+        list["data"].push_back(model_card(app, name));
+    return reply(list);
 }
 
-constexpr size_t max_body = 4 << 20;
-
-// The library would limit only a declared length: here chunked and compressed bodies count too.
-// What is too long is read on, and dropped, for a while: else the reset would take the answer with
-// it.
-json read_body(const httplib::Request& req, const httplib::ContentReader& read) {
-    std::string body;
-    size_t size = 0;
-    const auto take = [&](const char* data, size_t more) {
-        if ((size += more) <= max_body) body.append(data, more);
-        return size <= 16 * max_body;
-    };
-    const bool whole = req.is_multipart_form_data() || read(take);
-    if (size > max_body) throw Refusal{413, "the body is over 4 MiB", ""};
-    if (!whole) refuse("", "the body did not come whole");
-    if (!req.get_header_value("Content-Type").starts_with("application/json"))
-        refuse("", "Unsupported Media Type: Only 'application/json' is allowed");
-    return parse_body(body);
+HttpReply metrics(App& app) {
+    if (!app.change([&] { return app.ready; })) throw Refusal{503, "the model is loading", ""};
+    const std::string labels =
+        R"(engine="0",model_name=)" + quote(app.options.served_model_name[0]);
+    return {app.metrics->page(labels, app.cache_config),
+            "text/plain; version=0.0.4; charset=utf-8",
+            {}};
 }
 
-void add_routes(httplib::Server& server, App& app) {
-    using In = const httplib::Request&;
-    using Out = httplib::Response&;
-    const auto guarded = [](Out res, auto&& answer) {
-        try {
-            answer();
-        } catch (const Refusal& r) {
-            reply_error(res, r);
-        }
-    };
-    const auto post = [&](const char* path, Handler handler) {
-        server.Post(path,
-                    [&app, handler, guarded](In req, Out res, const httplib::ContentReader& read) {
-                        guarded(res, [&] {
-                            const json body = read_body(req, read);
-                            handler(std::make_shared<Visit>(app), body, res);
-                        });
-                    });
-        server.Get(path, [](In, Out res) { reply_error(res, {405, "only POST is served", ""}); });
-    };
-    post("/v1/completions", generate<false>);
-    post("/v1/chat/completions", generate<true>);
-    post("/tokenize", tokenize);
-    post("/detokenize", detokenize);
-    server.Get("/v1/models", [&app, guarded](In, Out res) {
-        guarded(res, [&] { list_models(std::make_shared<Visit>(app), json(), res); });
-    });
-    server.Get("/version", [](In, Out res) { reply(res, {{"version", GEMMA_VERSION}}); });
-    server.Get("/health", [&](In, Out res) {
-        res.status = app.change([&] { return app.ready && !app.leaving; }) ? 200 : 503;
+HttpReply health(App& app) {
+    return app.change([&]() -> HttpReply {
+        if (app.leaving) throw Refusal{503, "the server is shutting down", ""};
+        if (!app.ready) throw Refusal{503, "the model is loading", ""};
+        return {};
     });
 }
 
-// What cpp-httplib 0.11.4 needs to serve well.
-void configure(httplib::Server& server) {
-    server.set_pre_routing_handler([](const httplib::Request& req, httplib::Response&) {
-        auto& request = const_cast<httplib::Request&>(req);
-        // It would compress event streams, and hold them back until there is a block to compress.
-        request.headers.erase("Accept-Encoding");
-        request.ranges.clear();  // it would cut JSON
-        return httplib::Server::HandlerResponse::Unhandled;
-    });
-    server.set_error_handler([](const httplib::Request& req, httplib::Response& res) {
-        if (!res.body.empty() || req.path == "/health") return;
-        const std::string what = req.method + " " + req.path.substr(0, 100) + " is not served";
-        reply_error(res, {res.status, res.status == 404 ? what : "no valid request", ""});
-    });
-    server.set_exception_handler([](const auto&, httplib::Response& res, std::exception_ptr) {
-        reply_error(res, {500, "internal error", ""});
-    });
-    server.set_write_timeout(60);        // a reader that takes nothing for so long is cut
-    server.set_keep_alive_max_count(1);  // a thread serves one connection: none idles in it
-    server.set_tcp_nodelay(true);
-    server.new_task_queue = [] { return new httplib::ThreadPool(512); };
-}
-
-// [8] main ----------------------------------------------------------------------------------------
-
-const std::vector<Field<Options>> flags{
-    {"model", &Options::model, 0, 0,
-     "directory, or a name in the Hugging Face cache (google/gemma-3-1b-it)"},
-    {"served-model-name", &Options::served_model_name, 0, 100, "what requests may call it (model)"},
-    {"host", &Options::host, 0, 0, "address to listen on (0.0.0.0)"},
-    {"port", &Options::port, 0, 65535, "port to listen on, 0: any free one ($PORT, or 8000)"},
-    {"max-model-len", &Options::max_model_len, 1, 131072,
-     "most tokens of prompt and answer, as 8192, 8k or 8K ($MAX_MODEL_LEN, or what fits)"},
-    {"max-num-seqs", &Options::max_num_seqs, 1, 4096, "most sequences in a step (256)"},
-    {"max-num-batched-tokens", &Options::max_num_batched_tokens, 1, 1 << 20,
-     "most tokens in a step (8192 on a GPU of 70 GB, 2048 on others, 32 a core on the CPU)"},
-    {"num-gpu-blocks-override", &Options::pages, 1, 1 << 26,
-     "pages of 32 tokens in each of the two pools (what memory allows)"},
-    {"seed", &Options::seed, -0x1p63, 0x1p63, "of requests that bring none (0)"},
-    {"device", &Options::device, 0, 0, "auto, cuda or cpu (auto)"},
-    {"gpu-memory-utilization", &Options::gpu_memory_utilization, above_zero, 1,
-     "share of the GPU's memory to use (0.9)"},
-    {"block-size", &Options::block_size, 1, 1024,
-     "accepted without effect: a page holds 32 tokens"},
+// A large request has its turn; then the memory that it took goes back, which glibc would keep.
+struct Large : std::lock_guard<std::mutex> {
+    using lock_guard::lock_guard;
+    ~Large() { malloc_trim(0); }
 };
 
-std::string help() {
-    std::string s =
-        "gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...\n\n"
-        "Serves Gemma 3 over the OpenAI API. The flags are vLLM's, with - or _:\n\n";
-    for (const auto& f : flags) s += text("  --%-25s%s\n", f.name, f.help);
-    return s +
-           "\nThe cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and "
-           "SIGINT\n"
-           "let what runs end, for 8 s.\n";
-}
-
-void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
-    for (const auto& f : flags) {
-        if (name != f.name) continue;
-        const bool list = name == "served-model-name";
-        if (values.empty() || (values.size() > 1 && !list))
-            refuse(f.name, "--%s needs one value", f.name);
-        if (std::string_view(f.help).starts_with("accepted")) say("--" + name + ": " + f.help);
-        json value = list ? json(values) : json(values[0]);
-        // As vLLM reads it, 25.6k is 25600 and 1K is 1024.
-        const double unit = values[0].ends_with('k') ? 1000 : values[0].ends_with('K') ? 1024 : 0;
-        const double number = as_number(values[0].substr(0, values[0].size() - 1)) * unit;
-        if (name == "max-model-len" && number > 0) value = number;
-        return assign(options, f, value);
-    }
-    std::string known;
-    for (const auto& f : flags) known += std::string(" --") + f.name;
-    refuse("", "--%s is not a flag; there are%s", name.c_str(), known.c_str());
-}
-
-Options parse_flags(const std::vector<std::string>& args) try {
-    Options options;
-    for (const auto& [variable, flag] :
-         {std::pair("PORT", "port"), std::pair("MAX_MODEL_LEN", "max-model-len")}) {
-        const char* value = std::getenv(variable);
-        if (!value || !*value) continue;
-        try {
-            set_flag(options, flag, {value});
-        } catch (Refusal& r) {
-            r.message = text("$%s: ", variable) + r.message;
-            throw;
-        }
-    }
-    for (size_t i = 0; i < args.size(); i++) {
-        const bool flag = args[i].starts_with("--");
-        if (!flag && i > 0) refuse("", "unexpected argument %s", args[i].c_str());
-        const size_t equals = flag ? std::min(args[i].find('='), args[i].size()) : 0;
-        std::string name = flag ? args[i].substr(2, equals - 2) : "model";
-        std::replace(name.begin(), name.end(), '_', '-');
-        std::vector<std::string> values;
-        if (!flag) values = {args[i]};
-        if (flag && equals < args[i].size()) values = {args[i].substr(equals + 1)};
-        const bool more = flag && values.empty();  // they follow, up to the next flag
-        while (more && i + 1 < args.size() && !args[i + 1].starts_with("--")) {
-            values.push_back(args[++i]);
-        }
-        set_flag(options, name, values);
-    }
-    if (options.served_model_name.empty()) options.served_model_name = {options.model};
-    if (options.device != "auto" && options.device != "cuda" && options.device != "cpu")
-        refuse("", "--device must be auto, cuda or cpu, got %s", options.device.c_str());
-    return options;
-} catch (const Refusal& r) {
-    throw Error(r.message + " (--help lists the flags)");
-}
-
-// Splits an engine's memory between the pools (docs/design.md, "Pages"), and finds max_model_len.
-Limits plan_memory(App& app, const KvMemory& memory) {
-    const Config& c = app.checkpoint->config;
-    const Options& o = app.options;
-    Limits limits{int(o.max_num_seqs), int(o.max_num_batched_tokens), c.W, {0, 0}};
-    const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
-    const int64_t window = (c.W + page_tokens - 2) / page_tokens + 1,
-                  step = pages_for(limits.max_batched_tokens) + 1;
-    const int64_t local_bytes = int64_t(memory.page[local_pool]), budget = int64_t(memory.budget);
-    const int64_t global_bytes = std::max<int64_t>(1, int64_t(memory.page[global_pool]));
-
-    // One sequence of max_model_len must fit.
-    int64_t room = std::max<int64_t>(0, budget - (window + step) * local_bytes) / global_bytes;
-    if (o.pages > 0) room = o.pages >= window ? o.pages : 0;
-    const int64_t asked = o.max_model_len > 0 ? o.max_model_len : c.max_positions;
-    const int64_t length = std::min({asked, int64_t(c.max_positions), room * page_tokens});
-    if (length == 0 || (o.max_model_len > 0 && length < asked)) {
-        throw Error(
-            text("max_model_len %ld does not fit: the model has %d positions, and of %ld pages "
-                 "(%.2f GB) that one sequence needs there is room for %ld (%.2f GB)",
-                 long(asked), c.max_positions, long(pages_for(asked)),
-                 double(pages_for(asked) * global_bytes + (window + step) * local_bytes) / 1e9,
-                 long(room), double(budget) / 1e9));
-    }
-    if (length < asked)
-        say(text("max_model_len is %ld, lowered from %ld to what fits", long(length), long(asked)));
-    app.max_model_len = int(length);
-
-    // Then as many sequences of a usual length as fit both pools; the rest is global.
-    int64_t S = limits.max_num_seqs;
-    const int64_t usual = pages_for(std::min<int64_t>(4096, length));
-    const auto bytes = [&] {
-        return (S * window + step) * local_bytes +
-               std::max(S * usual, pages_for(length)) * global_bytes;
+std::vector<Route> Service::routes() {
+    const auto post = [this](const char* path, Handler handler) -> Route {
+        return {"POST", path, [this, handler](const HttpRequest& http) {
+                    const auto visit = std::make_shared<Visit>(*app);
+                    const auto answer = [&] { return handler(visit, http, parse_body(http.body)); };
+                    if (http.body.size() <= 64 << 10) return answer();
+                    const Large alone(app->large);
+                    return answer();
+                }};
     };
-    while (S > 1 && bytes() > budget) S--;
-    const int64_t local = S * window + step, rest = (budget - local * local_bytes) / global_bytes;
-    limits.pages[local_pool] = int(o.pages > 0 ? o.pages : local);
-    limits.pages[global_pool] =
-        int(o.pages > 0 ? o.pages : std::min(rest, limits.max_num_seqs * pages_for(length)));
-    return limits;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
-}
-
-// The engine that --device asks for, and the defaults that depend on it. Not before
-// watch_signals(): the GPU's driver starts threads, and SIGTERM is blocked in none made earlier.
-std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
-#if GEMMA_CUDA
-    const std::string missing = o.device == "cpu" ? "--device says so" : cuda_missing();
-#else
-    const std::string missing = "this build has no CUDA engine: build it where nvcc is, see README";
-#endif
-    const bool gpu = missing.empty();
-    if (!gpu && o.device == "cuda") throw Error("--device cuda: " + missing);
-    say("device: " + (gpu ? "cuda, because there is a GPU" : "cpu, because " + missing));
-    if (!gpu && o.gpu_memory_utilization > 0)
-        say("--gpu-memory-utilization: without effect on the CPU");
-    if (o.gpu_memory_utilization < 0) o.gpu_memory_utilization = 0.9;
-    int64_t& tokens = o.max_num_batched_tokens;
-    const auto choose = [&](int64_t otherwise) {
-        if (tokens < 0) tokens = otherwise;
-        o.max_num_seqs = std::min(o.max_num_seqs, tokens);
+    const auto get = [this](const char* path, auto handler) -> Route {
+        return {"GET", path, [this, handler](const HttpRequest&) { return handler(*app); }};
     };
-#if GEMMA_CUDA
-    if (gpu) {
-        choose(cuda_step_tokens());
-        return open_cuda(checkpoint, {int(o.max_num_seqs), int(tokens), o.gpu_memory_utilization});
-    }
-#endif
-    choose(32 * std::max(1u, std::thread::hardware_concurrency()));
-    return open_cpu(checkpoint);
+    const auto models = [this](const HttpRequest& http) {
+        return list_models(std::make_shared<Visit>(*app), http, {});
+    };
+    return {post("/v1/completions", generate<false>),
+            post("/v1/chat/completions", generate<true>),
+            post("/tokenize", tokenize),
+            post("/detokenize", detokenize),
+            {"GET", "/v1/models", models},
+            {"GET", "/v1/models/", models},
+            get("/health", health),
+            get("/ping", health),
+            {"POST", "/ping", [this](const HttpRequest&) { return health(*app); }, false},
+            get("/metrics", metrics),
+            get("/load",
+                [](App& a) {
+                    return reply({{"server_load", a.change([&] { return a.generating; })}});
+                }),
+            get("/version", [](App&) {
+                return reply({{"version", GEMMA_VERSION}});
+            })};
 }
 
-void load(App& app) {
-    const std::string directory = find_model(app.options.model);
-    app.checkpoint.emplace(directory);
-    app.tokenizer.emplace(directory + "/tokenizer.model");
-    if (app.tokenizer->size() > app.checkpoint->config.V) {
-        throw Error(
-            text("%s/tokenizer.model: found %d pieces, expected at most the %d of the weights",
-                 directory.c_str(), app.tokenizer->size(), app.checkpoint->config.V));
-    }
-    auto model = open_model(*app.checkpoint, app.options);
-    const Limits limits = plan_memory(app, model->kv_memory());
-    model->allocate_pages(limits.pages);
-    const SamplingDefaults& d = app.checkpoint->defaults;
-    say(text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g", d.temperature,
-             d.top_k, d.top_p, d.min_p));
-    if (d.repetition_penalty != 1)
-        say(text("generation_config.json: repetition_penalty %g is not applied",
-                 d.repetition_penalty));
-    say(text("KV pages of 32 tokens: %d local (%d tokens), %d global (%ld tokens)",
-             limits.pages[local_pool], limits.pages[local_pool] * page_tokens,
-             limits.pages[global_pool], long(limits.pages[global_pool]) * page_tokens));
-    say(text("max_model_len %d, up to %d sequences and %d tokens a step", app.max_model_len,
-             limits.max_num_seqs, limits.max_batched_tokens));
-    app.engine.emplace(std::move(model), limits);
-    app.change([&] { app.ready = true; });
-    say(text("ready in %.2f s", now() - std::atof(std::getenv("GEMMA_STARTED"))));
+// [7] Service -------------------------------------------------------------------------------------
+
+Service::Service(const Options& options) : app(std::make_unique<App>(options)) {}
+Service::~Service() = default;
+
+void Service::open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
+                   std::unique_ptr<Model> model, const Limits& limits, int max_model_len) {
+    app->checkpoint = &checkpoint, app->tokenizer = &tokenizer;
+    app->max_model_len = max_model_len;
+    app->cache_config = text(R"(,block_size="%d",num_gpu_blocks="%d",num_local_blocks="%d",)"
+                             R"(cache_dtype="auto",enable_prefix_caching="True")",
+                             page_tokens, limits.pages[global_pool], limits.pages[local_pool]);
+    app->metrics.emplace(max_model_len);
+    app->engine.emplace(std::move(model), limits, int(app->options.max_queue), *app->metrics);
+    app->change([&] { app->ready = true; });
 }
 
-// Waits for SIGTERM or SIGINT, then until the visitors have left or been sent away.
-void drain(App& app) {
-    app.wait([&] { return app.leaving; });
-    say("shutting down: what runs has 8 s to end");
-    const auto empty = [&] { return app.in_flight == 0; };
-    if (app.wait(empty, std::chrono::seconds(8))) return;
-    app.cut = true;
-    app.wait(empty, std::chrono::seconds(1));
+void Service::leave() {
+    app->change([&] { app->leaving = true; });
 }
 
-void watch_signals(App& app) {
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &signals, nullptr);  // in every thread that is made from here on
-    std::thread([&app, signals] {
-        int signal;
-        sigwait(&signals, &signal);
-        if (!app.change([&] { return app.leaving = true, app.ready; })) std::_Exit(0);  // loading
-        sigwait(&signals, &signal);
-        std::_Exit(1);  // asked twice
-    }).detach();
+bool Service::drained(std::chrono::milliseconds wait) {
+    return app->wait([&] { return app->in_flight == 0; }, wait);
 }
 
-int serve(App& app) {
-    watch_signals(app);
-    httplib::Server server;
-    configure(server);
-    add_routes(server, app);
-    // The library would share the port with another server (SO_REUSEPORT) and queue 5 connections.
-    int listening = -1;
-    server.set_socket_options([&](int fd) {
-        const int yes = 1;
-        setsockopt(listening = fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    });
-    const std::string& host = app.options.host;
-    int port = int(app.options.port);
-    if (port == 0) {
-        port = server.bind_to_any_port(host);
-    } else if (!server.bind_to_port(host, port)) {
-        port = -1;
-    }
-    if (port < 0 || listen(listening, 1024) != 0) {
-        throw Error(text("cannot listen on %s, port %ld: %s", host.c_str(), long(app.options.port),
-                         std::strerror(errno)));
-    }
-    auto listener = std::async(std::launch::async, [&] { server.listen_after_bind(); });
-    while (!server.is_running()) std::this_thread::yield();  // stop() would not reach it before
-    say(text("listening on http://%s:%d", host.c_str(), port));
-    int status = 0;
-    try {
-        load(app);
-        drain(app);
-    } catch (const std::exception& e) {
-        say(std::string("error: ") + e.what());
-        app.change([&] { app.leaving = true; });
-        status = 1;
-    }
-    server.stop();
-    // All answers are out. A connection that sends nothing would hold the library for 5 s more.
-    if (listener.wait_for(std::chrono::milliseconds(500)) == std::future_status::timeout)
-        std::_Exit(status);
-    return status;
-}
+void Service::cut() { app->cut = true; }
+
+bool Service::rests(std::chrono::milliseconds wait) { return app->engine->rests(wait); }
 
 }  // namespace gemma
-
-int main(int argc, char** argv) try {
-    // OpenMP's library reads GOMP_SPINCOUNT when it is loaded, so the program starts twice. By its
-    // own measure threads spin for milliseconds at each barrier: beside one busy process on two
-    // cores a token of the demo took 4.6 ms, so 1.6 (alone 0.42 and 0.51).
-    if (!std::getenv("GEMMA_STARTED")) {
-        setenv("GEMMA_STARTED", gemma::text("%.3f", gemma::now()).c_str(), 1);
-        setenv("GOMP_SPINCOUNT", "2000", 0);
-        execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // by name, for ps
-    }
-    const std::vector<std::string> args(argv + 1, argv + argc);
-    if (std::count(args.begin(), args.end(), "--help")) return std::puts(gemma::help().c_str()) < 0;
-    gemma::App app;
-    app.options = gemma::parse_flags(args);
-    app.seeds.seed(uint64_t(app.options.seed));
-    return gemma::serve(app);
-} catch (const std::exception& e) {
-    gemma::say(std::string("error: ") + e.what());
-    return 1;
-}

@@ -171,7 +171,7 @@ static void write_content(Prompt& prompt, const json& content, const std::string
     }
 }
 
-std::vector<int> Tokenizer::chat(const json& messages, bool add_generation_prompt) const {
+std::vector<int> Tokenizer::chat(const json& messages, Ending ending) const {
     if (!messages.is_array() || messages.empty())
         throw std::invalid_argument("messages must be a list of at least one message");
     Prompt prompt{*this, pieces->controls};
@@ -193,9 +193,9 @@ std::vector<int> Tokenizer::chat(const json& messages, bool add_generation_promp
                 "Conversation roles must alternate user/assistant/user/assistant/...");
         prompt.mark(start_of_turn, (role == "assistant" ? "model" : role) + "\n" + prefix);
         write_content(prompt, messages[i].value("content", json()), where + ".content");
-        prompt.mark(end_of_turn, "\n");
+        if (ending != Ending::open || i + 1 < messages.size()) prompt.mark(end_of_turn, "\n");
     }
-    if (add_generation_prompt) prompt.mark(start_of_turn, "model\n");
+    if (ending == Ending::generation_prompt) prompt.mark(start_of_turn, "model\n");
     return prompt.encode_text();
 }
 
@@ -235,7 +235,9 @@ static bool continues(string_view first, uint8_t next) {
 // subparts", Python's errors="replace".
 std::string Detokenizer::push(int id) {
     std::string out;
-    for (char c : tokenizer.bytes(id)) {
+    std::string_view bytes = tokenizer.bytes(id);
+    if (bytes.empty() && show_controls) bytes = tokenizer.name(id);
+    for (char c : bytes) {
         if (!held.empty() && !continues(held, c)) out += flush();
         held += c;
         const size_t size = character_size(held[0]);

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // fake_model.cpp: a Model without weights, linked in the place of reference.cpp to test HTTP.
-// Adjustments and masks do not move it.
 //
 // The next id is a hash of the row's tokens, kept in its global pages; never a control id, unless:
 //   top_k 1000 + n        generated token n, from 0, is <end_of_turn>
+//   logit_bias            50 makes an id the likeliest, -50 the least likely
 //   GEMMA_FAKE_STEP_MS    milliseconds that a step takes at least (0)
+// What is not allowed is never chosen; penalties do nothing. Logprobs fall from id to id, by steps
+// of the context's own.
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <limits>
 #include <thread>
 
 #include "gemma.h"
@@ -40,21 +44,57 @@ class FakeModel : public Model {
         Results results;
         for (const Output& out : b.outputs) {
             const Sampling& sampling = out.sampling;
-            const uint64_t seed = sampling.temperature < 1e-5f ? 0 : sampling.seed * 7919;
-            const int n =
-                int(((hash(out.row, b.positions[size_t(out.token)]) >> 32) + seed) % ordinary);
-            const int id = sampling.top_k == 1000 + out.index ? 106 : first + n;
-            Result result{out.target >= 0 ? out.target : id, 0, 0, {}};
-            if (sampling.logprobs >= 0) result.logprob = -0.5f, result.rank = 1;
-            for (int i = 0; i < sampling.logprobs; i++)
-                result.top.push_back(
-                    {i ? first + int(uint64_t(n + i) % ordinary) : id, -0.5f - float(i)});
+            const uint64_t context = hash(out.row, b.positions[size_t(out.token)]);
+            const uint64_t likeliest = (context >> 32) % ordinary;
+            const auto logprob = [&](int rank) {
+                return -0.01f - float(rank) * (0.1f + float(context >> 40 & 0xfff) / 0x1p14f);
+            };
+            Result result{out.target >= 0 ? out.target : choose(out, likeliest), 0, 0, {}};
+            if (out.target >= 0 || sampling.logprobs >= 0) {
+                result.rank = rank_of(result.id, likeliest);
+                result.logprob = logprob(result.rank);
+            }
+            for (int rank = 1; rank <= sampling.logprobs; rank++)
+                result.top.push_back({of_rank(rank, likeliest), logprob(rank)});
             results.push_back(std::move(result));
         }
         return results;
     }
 
   private:
+    // Ordinary ids from the likeliest on, then the others, from one of them on.
+    int of_rank(int rank, uint64_t likeliest) const {
+        const auto n = uint64_t(rank - 1);
+        return n < ordinary ? first + int((likeliest + n) % ordinary)
+                            : int((likeliest + n) % first);
+    }
+    int rank_of(int id, uint64_t likeliest) const {
+        const auto ahead = [](uint64_t to, uint64_t from, uint64_t size) {
+            return int((to + size - from % size) % size);
+        };
+        if (id >= first) return 1 + ahead(uint64_t(id - first), likeliest, ordinary);
+        return 1 + int(ordinary) + ahead(uint64_t(id), likeliest + ordinary, first);
+    }
+    int choose(const Output& out, uint64_t likeliest) const {
+        const Sampling& s = out.sampling;
+        const uint64_t seed = s.temperature < 1e-5f ? 0 : s.seed * 7919;
+        const uint64_t start = (likeliest + seed) % ordinary;
+        const bool ends = s.top_k == 1000 + out.index;
+        if (out.adjustments.empty() && !out.allowed) return ends ? end_of_turn : of_rank(1, start);
+        const int vocab = first + int(ordinary);
+        std::vector<float> scores;
+        for (int id = 0; id < vocab; id++) scores.push_back(float(-rank_of(id, start)));
+        if (ends) scores[end_of_turn] = 0;
+        for (const Adjustment& a : out.adjustments)
+            scores[size_t(a.id)] += a.bias / 50 * float(vocab);
+        for (int id = 0; out.allowed && id < vocab; id++) {
+            const bool allowed = (*out.allowed)[size_t(id / 32)] >> id % 32 & 1;
+            if (!allowed) scores[size_t(id)] = -std::numeric_limits<float>::infinity();
+        }
+        return int(std::max_element(scores.begin(), scores.end()) - scores.begin());
+    }
+
+    static constexpr int end_of_turn = 106;
     static constexpr int first = 512;  // below lie control ids, runs of spaces, single bytes
     const uint64_t ordinary;
     const char* const given = std::getenv("GEMMA_FAKE_STEP_MS");
@@ -67,3 +107,12 @@ std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint) {
 }
 
 }  // namespace gemma
+
+#ifdef __SANITIZE_THREAD__
+// cpp-httplib's library is not instrumented: ThreadSanitizer does not see the guards of its
+// constants (the set of methods, the end of a chunked body), which one thread makes and others use.
+// So what the library itself reads and writes in the server is not looked at.
+extern "C" const char* __tsan_default_suppressions() {
+    return "called_from_lib:libcpp-httplib.so\n";
+}
+#endif

@@ -26,13 +26,14 @@ inline std::shared_ptr<Sequence> sequence(const std::vector<int>& prompt, int ma
     return s;
 }
 
-// Steps until nothing waits or runs; the results of each sequence in order.
+// Steps until nothing waits or runs; the results of each sequence in order, its prompt's first.
 inline std::map<const Sequence*, Results> run(Model& model, Scheduler& scheduler) {
     std::map<const Sequence*, Results> all;
     for (;;) {
         const Batch& batch = scheduler.next();
         if (batch.tokens.empty()) return all;
         for (Token& token : scheduler.finish(model.step(batch))) {
+            if (!token.of_prompt && token.sequence->max_tokens == 0) continue;  // a mere end
             all[token.sequence.get()].push_back(std::move(token.result));
         }
     }

@@ -17,6 +17,7 @@
 
 using gemma::Detokenizer;
 using gemma::Tokenizer;
+using Ending = Tokenizer::Ending;
 using nlohmann::json;
 using Ids = std::vector<int>;
 
@@ -152,7 +153,7 @@ std::string complaint(const std::string& content) {
 
 std::string invalid(const Tokenizer& t, const json& messages) {
     try {
-        t.chat(messages, true);
+        t.chat(messages, Ending::generation_prompt);
     } catch (const std::invalid_argument& e) {
         return e.what();
     }
@@ -202,7 +203,7 @@ TEST_CASE("chat has the golden ids, except that text forges no turn") {
     for (const json& c : golden("chat.jsonl")) {
         const auto name = c["name"].get<std::string>();
         CAPTURE(name);
-        const bool generate = c["add_generation_prompt"];
+        const auto ending = c["add_generation_prompt"] ? Ending::generation_prompt : Ending::closed;
         if (c.contains("error")) {
             const std::string message = invalid(t, c["messages"]);
             if (name == "err_empty_list")
@@ -211,14 +212,14 @@ TEST_CASE("chat has the golden ids, except that text forges no turn") {
                 CHECK("TemplateError: " + message == c["error"].get<std::string>());
             ++errors;
         } else if (name != "injection") {
-            CHECK(t.chat(c["messages"], generate) == c["hf_ids"].get<Ids>());
+            CHECK(t.chat(c["messages"], ending) == c["hf_ids"].get<Ids>());
             ++ids;
         } else {
             Ids expected{2, 105};
             const auto content = c["messages"][0]["content"].get<std::string>();
             for (int id : t.encode("user\n" + content)) expected.push_back(id);
             for (int id : {106, 107, 105, 4368, 107}) expected.push_back(id);
-            CHECK(t.chat(c["messages"], generate) == expected);
+            CHECK(t.chat(c["messages"], ending) == expected);
             CHECK(t.decode(expected) == "user\n" + content + "\nmodel\n");
         }
     }
@@ -233,7 +234,7 @@ TEST_CASE("control text in content stays text") {
         CAPTURE(name);
         const Tokenizer& t = *tokenizer;
         CHECK(control_ids(t).size() == (name == "demo" ? 6 : 9));
-        const int frame = count_controls(t, t.chat(chat_of("Hi"), true));
+        const int frame = count_controls(t, t.chat(chat_of("Hi"), Ending::generation_prompt));
         CHECK(frame == 4);  // <bos>, two turns opened, one closed
         std::vector<std::string> texts = controls;
         std::mt19937 random(7);
@@ -255,16 +256,18 @@ TEST_CASE("control text in content stays text") {
             const json rest = {{"type", "text"}, {"text", content.substr(content.size() / 2)}};
             const json system = {{"role", "system"}, {"content", content}};
             CHECK(count_controls(t, t.encode(content)) == 0);
-            CHECK(count_controls(t, t.chat(chat_of(content), true)) == frame);
-            CHECK(count_controls(t, t.chat(chat_of(json::array({part})), true)) == frame);
+            CHECK(count_controls(t, t.chat(chat_of(content), Ending::generation_prompt)) == frame);
+            CHECK(count_controls(
+                      t, t.chat(chat_of(json::array({part})), Ending::generation_prompt)) == frame);
             if (content.find("\u2581") == content.npos)
-                CHECK(count_controls(t, t.chat(chat_of(json::array({half, rest})), true)) == frame);
+                CHECK(count_controls(t, t.chat(chat_of(json::array({half, rest})),
+                                               Ending::generation_prompt)) == frame);
             json messages = chat_of("Hi");
             messages.insert(messages.begin(), system);
-            CHECK(count_controls(t, t.chat(messages, true)) == frame);
+            CHECK(count_controls(t, t.chat(messages, Ending::generation_prompt)) == frame);
             messages = chat_of("Hi");
             messages.push_back({{"role", content}, {"content", "x"}});
-            CHECK(count_controls(t, t.chat(messages, true)) == frame + 2);
+            CHECK(count_controls(t, t.chat(messages, Ending::generation_prompt)) == frame + 2);
         }
     }
 }
@@ -308,20 +311,35 @@ TEST_CASE("chat's frame") {
                 for (int id : t.encode("model\n")) ids.push_back(id);
             return ids;
         };
-        CHECK(t.chat(chat_of("Hi"), false) == turn("Hi"));
-        CHECK(t.chat(chat_of("Hi"), true) == turn("Hi", true));
+        CHECK(t.chat(chat_of("Hi"), Ending::closed) == turn("Hi"));
+        CHECK(t.chat(chat_of("Hi"), Ending::generation_prompt) == turn("Hi", true));
         CHECK(t.chat(chat_of(" \n\t\v\f\r\x1c\x1d\x1e\x1f\u0085\u00a0\u1680\u2000\u200a\u2028\u2029"
                              "\u202f\u205f\u3000Hi you\u3000\u00a0\u0085 "),
-                     true) == turn("Hi you", true));
-        CHECK(t.chat(chat_of("\u200bHi\ufeff"), false) == turn("\u200bHi\ufeff"));  // no spaces
-        CHECK(t.chat(chat_of(" \u3000 "), false) == turn(""));
-        CHECK(t.chat(chat_of(json::array()), false) == turn(""));
+                     Ending::generation_prompt) == turn("Hi you", true));
+        CHECK(t.chat(chat_of("\u200bHi\ufeff"), Ending::closed) ==
+              turn("\u200bHi\ufeff"));  // no spaces
+        CHECK(t.chat(chat_of(" \u3000 "), Ending::closed) == turn(""));
+        CHECK(t.chat(chat_of(json::array()), Ending::closed) == turn(""));
         // A list of a system message: its first part; not trimmed, as the turn itself is.
         const json parts = {{{"type", "text"}, {"text", " a "}}, {{"type", "text"}, {"text", "b"}}};
         CHECK(t.chat({{{"role", "system"}, {"content", parts}},
                       {{"role", "user"}, {"content", " Hi"}}},
-                     false) == turn(" a \n\nHi"));
-        CHECK(t.chat(chat_of(parts), false) == turn("ab"));
+                     Ending::closed) == turn(" a \n\nHi"));
+        CHECK(t.chat(chat_of(parts), Ending::closed) == turn("ab"));
+        // Open: the last message's end is left out, and nobody else's.
+        for (const char* text : {"Hi", " Hi ", ""}) {
+            const json one = chat_of(text);
+            Ids whole = t.chat(one, Ending::closed);
+            const Ids open = t.chat(one, Ending::open), end = t.encode("\n");
+            whole.resize(whole.size() - 1 - end.size());  // <end_of_turn>, new line
+            CHECK(open == whole);
+            CHECK(std::count(open.begin(), open.end(), 106) == 0);
+        }
+        const json two = {{{"role", "user"}, {"content", "Hi"}},
+                          {{"role", "assistant"}, {"content", "A token is"}}};
+        const Ids open = t.chat(two, Ending::open);
+        CHECK(std::count(open.begin(), open.end(), 106) == 1);
+        CHECK(std::count(open.begin(), open.end(), 105) == 2);
     }
 }
 
@@ -362,7 +380,7 @@ TEST_CASE("an image's newlines fuse with their neighbours") {
     if (!gemma_vocabulary()) SKIP_BECAUSE(skip_reason);
     const Tokenizer& t = *gemma_vocabulary();
     const json image = {{"type", "image"}}, text = {{"type", "text"}, {"text", "x"}};
-    const Ids ids = t.chat(chat_of({text, image, image}), false);
+    const Ids ids = t.chat(chat_of({text, image, image}), Ending::closed);
     CHECK(std::count(ids.begin(), ids.end(), 262144) == 512);
     CHECK(std::count(ids.begin(), ids.end(), 110) == 1);  // "\n\n" of one and "\n\n" of the next
     CHECK(Ids(ids.end() - 4, ids.end()) == Ids{256000, 108, 106, 107});
@@ -480,7 +498,7 @@ TEST_CASE("threads share a tokenizer") {
             for (const std::string& text : texts) {
                 out.push_back(t->encode(text));
                 out.push_back(t->encode_with_controls(text));
-                out.push_back(t->chat(chat_of(text), true));
+                out.push_back(t->chat(chat_of(text), Ending::generation_prompt));
             }
         };
         std::vector<Ids> alone;

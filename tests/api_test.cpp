@@ -1,0 +1,1820 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// api_test.cpp: every parameter and every route, and the contracts of those who call them.
+//
+//   [1] Prompts      what the model sees of a request
+//   [2] Scores       echo, and the prompt's logprobs
+//   [3] Choices      what moves them, and what does not
+//   [4] Ends         the stops, and what is shown of them
+//   [5] Refusals     ranges, and the order of checks
+//   [6] Books        usage, ids
+//   [7] Routes       the small ones, CORS, keys
+//   [8] Metrics
+//   [9] Callers      requests that others' programs send
+//   [10] Old wounds  a case for each bug that others had
+//
+// [http] holds for any model behind the server, [demo] needs the demo model's own logits.
+#include "client.h"
+
+#include <limits>
+#include <numeric>
+#include <set>
+#include <sstream>
+
+namespace {
+
+// An answer that must be the same streamed.
+json both(const std::string& path, const json& fields, int port = server().port) {
+    json answer = ask(path, fields, port);
+    const Stream s = stream(path, fields, port);
+    INFO(write(fields) << " " << s.reply.body);
+    REQUIRE(s.done);
+    CHECK(merged(s, answer["choices"].size()) == comparable(answer));
+    return answer;
+}
+
+Ids tokens_of(const json& body) {
+    const Reply reply = post("/tokenize", body);
+    INFO(write(body) << " " << reply.body);
+    REQUIRE(reply.status == 200);
+    return reply.parsed()["tokens"];
+}
+Ids tokenized(const std::string& s) { return tokens_of({{"prompt", s}}); }
+std::string decoded(const Ids& ids) {
+    return post("/detokenize", {{"tokens", ids}}).parsed()["prompt"];
+}
+Ids plus(Ids a, const Ids& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+Ids last(const Ids& ids, size_t n) { return {ids.end() - ptrdiff_t(n), ids.end()}; }
+json last(const json& list, size_t n) {
+    return json(json::array_t(list.end() - ptrdiff_t(n), list.end()));
+}
+
+// Fields that make a choice say which ids it has, and those ids.
+json as_ids(const std::string& path, int k = 0) {
+    json fields{{"return_tokens_as_token_ids", true}, {"logprobs", k}};
+    if (path == chat) fields["logprobs"] = true, fields["top_logprobs"] = k;
+    return fields;
+}
+Ids ids_of(const json& choice) {
+    const json& lists = choice["logprobs"];
+    Ids ids;
+    for (const json& t : lists.contains("tokens") ? lists["tokens"] : lists["content"]) {
+        const std::string name = t.is_string() ? t : t["token"];
+        REQUIRE(name.find("token_id:") == 0);
+        ids.push_back(std::stoi(name.substr(9)));
+    }
+    return ids;
+}
+Ids made(const std::string& path, const json& fields) {
+    return ids_of(both(path, with(with({{"temperature", 0}}, fields), as_ids(path)))["choices"][0]);
+}
+
+const json& prompt_logprobs(const std::string& path, const json& answer) {
+    return path == chat ? answer["prompt_logprobs"] : answer["choices"][0]["prompt_logprobs"];
+}
+// The ids that the model saw. The first has no logprob, so it does not show: -1.
+Ids seen(const std::string& path, const json& fields) {
+    const json answer = ask(path, with(fields, {{"prompt_logprobs", 0}, {"max_tokens", 1}}));
+    const json list = prompt_logprobs(path, answer);
+    CHECK(answer["usage"]["prompt_tokens"] == list.size());
+    Ids ids;
+    for (const json& entry : list) {
+        CHECK((entry.is_null() ? ids.empty() : entry.size() == 1));
+        ids.push_back(entry.is_null() ? -1 : std::stoi(keys(entry)[0]));
+    }
+    return ids;
+}
+
+Strings words(const std::string& s) {  // between spaces
+    std::istringstream in(s);
+    return {std::istream_iterator<std::string>(in), {}};
+}
+
+size_t characters(const std::string& s) {
+    return size_t(std::count_if(s.begin(), s.end(), [](char c) { return (c & 0xc0) != 0x80; }));
+}
+
+// The four lists of a completion: one length, offsets that go on, and the token's very own float
+// among its alternatives.
+void check_lists(const json& lists, size_t size, size_t k, bool from_start) {
+    CHECK(keys(lists) == Strings{"text_offset", "token_logprobs", "tokens", "top_logprobs"});
+    for (const json& list : lists) REQUIRE(list.size() == size);
+    size_t offset = lists["text_offset"][0];
+    for (size_t i = 0; i < size; i++) {
+        const std::string token = lists["tokens"][i];
+        CHECK(lists["text_offset"][i] == offset);
+        offset += characters(token);
+        const json &top = lists["top_logprobs"][i], &own = lists["token_logprobs"][i];
+        if (from_start && i == 0) {
+            CHECK((top.is_null() && own.is_null() && lists["text_offset"][0] == 0));
+            continue;
+        }
+        CHECK(top[token] == own);
+        CHECK((top.size() >= 1 && top.size() <= k + 1));
+    }
+}
+
+std::string everything(int port, const std::string& request) {  // until the server closes
+    Raw raw(port);
+    raw.write(request);
+    return raw.read_until("\x01");
+}
+
+}  // namespace
+
+// [1] Prompts -------------------------------------------------------------------------------------
+
+TEST_CASE("what the model sees of a chat, token for token", "[http]") {
+    // The body, and a raw prompt of the same tokens.
+    const json table = json::parse(R"([
+        [{"messages": [{"role": "user", "content": "Hi"}]},
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"],
+        [{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"],
+        [{"messages": [{"role": "user", "content": "Hi"}], "add_special_tokens": true},
+            "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"],
+        [{"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": false},
+            "<start_of_turn>user\nHi<end_of_turn>\n"],
+        [{"messages": [{"role": "system", "content": "Be brief."},
+                       {"role": "user", "content": "Hi"}]},
+            "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n"],
+        [{"messages": [{"role": "user", "content": "Hi"},
+                       {"role": "assistant", "content": "  The KV \n"}],
+          "add_generation_prompt": false, "continue_final_message": true},
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nThe KV"],
+        [{"messages": [{"role": "user", "content": "Hi"},
+                       {"role": "assistant", "content": [{"type": "text", "text": "The KV"}]}],
+          "add_generation_prompt": false, "continue_final_message": true},
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nThe KV"],
+        [{"messages": [{"role": "user", "content": "What is"}],
+          "add_generation_prompt": false, "continue_final_message": true},
+            "<start_of_turn>user\nWhat is"]
+    ])");
+    for (const json& row : table) {
+        INFO(row);
+        Ids expected = tokenized(row[1]);
+        CHECK(tokens_of(row[0]) == expected);
+        expected[0] = -1;
+        CHECK(seen(chat, row[0]) == expected);
+    }
+}
+
+TEST_CASE("what the model sees of a prompt: <bos>, and a prompt cut on the left", "[http]") {
+    const std::string words = "Cloud Run is a service";
+    const Ids whole = tokenized(words), bare(whole.begin() + 1, whole.end());
+    const size_t size = whole.size();
+    REQUIRE(size > 4);
+    const Ids talk = tokens_of(base(chat));
+    struct {
+        std::string path;
+        json fields;
+        Ids expected;
+    } const table[]{
+        {completions, {{"prompt", words}}, whole},
+        {completions, {{"prompt", words}, {"add_special_tokens", false}}, bare},
+        {completions, {{"prompt", bare}}, bare},
+        {completions, {{"prompt", bare}, {"add_special_tokens", true}}, bare},
+        {completions, {{"prompt", ""}}, {2}},
+        {completions, {{"prompt", words}, {"truncate_prompt_tokens", 3}}, plus({2}, last(bare, 2))},
+        {completions, {{"prompt", words}, {"truncate_prompt_tokens", 1}}, {2}},
+        {completions, {{"prompt", words}, {"truncate_prompt_tokens", size}}, whole},
+        {completions, {{"prompt", words}, {"truncate_prompt_tokens", 1000}}, whole},
+        {completions, {{"prompt", bare}, {"truncate_prompt_tokens", 3}}, last(bare, 3)},
+        {chat, {{"truncate_prompt_tokens", 4}}, last(talk, 4)},
+        {chat, {{"truncate_prompt_tokens", nullptr}}, talk},
+    };
+    for (const auto& row : table) {
+        INFO(row.path << write(row.fields));
+        Ids expected = row.expected;
+        expected[0] = -1;
+        CHECK(seen(row.path, row.fields) == expected);
+    }
+    check_refusal(post(completions, {{"prompt", ""}, {"add_special_tokens", false}}), 400,
+                  {"prompt has no token"});
+    check_refusal(post(completions, {{"prompt", {"a", ""}}, {"add_special_tokens", false}}), 400,
+                  {"prompt has no token"});
+}
+
+TEST_CASE("a cut prompt may be longer than the context", "[http]") {
+    const json answer =
+        complete({{"prompt", Ids(33'000, 700)}, {"truncate_prompt_tokens", 5}, {"max_tokens", 1}});
+    CHECK(answer["usage"]["prompt_tokens"] == 5);
+}
+
+// [2] Scores --------------------------------------------------------------------------------------
+
+TEST_CASE("prompt_logprobs: an entry for each token but the first, on both endpoints", "[http]") {
+    const Ids ids = tokens_of(base(chat));
+    for (const size_t k : {0, 1, 5, 20}) {
+        const json common{{"max_tokens", 1}, {"temperature", 0}, {"prompt_logprobs", k}};
+        const json spoken = ask(chat, common);
+        const json raw = complete(with(common, {{"prompt", ids}}));
+        const json list = prompt_logprobs(completions, raw);
+        CHECK(list == prompt_logprobs(chat, spoken));  // they saw the same tokens
+        CHECK(raw["choices"][0]["logprobs"].is_null());
+        REQUIRE(list.size() == ids.size());
+        CHECK(list[0].is_null());
+        for (size_t i = 1; i < list.size(); i++) {
+            CHECK((list[i].size() == k || list[i].size() == k + 1));
+            REQUIRE(list[i].contains(std::to_string(ids[i])));
+            std::map<int, double> by_rank;
+            for (const auto& [id, entry] : list[i].items()) {
+                CHECK(keys(entry) == Strings{"logprob", "rank", "decoded_token"});
+                const std::string text = entry["decoded_token"], plain = decoded({std::stoi(id)});
+                INFO(id << " '" << text << "' '" << plain << "'");
+                CHECK((plain.empty() ? text.substr(0, 1) == "<" : text == plain));
+                CHECK((entry["logprob"] <= 0 && entry["logprob"] >= -9999));
+                by_rank[entry["rank"]] = entry["logprob"];
+            }
+            CHECK(by_rank.size() == list[i].size());
+            if (k > 0) CHECK(std::next(by_rank.begin(), int(k) - 1)->first == int(k));
+            for (auto a = by_rank.begin(), b = std::next(a); b != by_rank.end(); a = b++)
+                CHECK(a->second >= b->second);
+        }
+    }
+    for (const std::string& path : {completions, chat}) {
+        for (const json& off : {json(), json(nullptr)})
+            CHECK(prompt_logprobs(path, ask(path, {{"max_tokens", 1}, {"prompt_logprobs", off}}))
+                      .is_null());
+    }
+}
+
+TEST_CASE("prompt_logprobs: on every choice, and not in a stream", "[http]") {
+    const json answer = complete({{"prompt", {"Cloud Run is", "A token"}},
+                                  {"n", 2},
+                                  {"max_tokens", 2},
+                                  {"prompt_logprobs", 1}});
+    const auto list = [&](size_t i) { return answer["choices"][i]["prompt_logprobs"]; };
+    REQUIRE(answer["choices"].size() == 4);
+    CHECK(list(0).size() == tokenized("Cloud Run is").size());
+    CHECK(list(2).size() == tokenized("A token").size());
+    CHECK((list(0) == list(1) && list(2) == list(3) && list(0) != list(2)));
+    for (const std::string& path : {completions, chat}) {
+        const json body = with(base(path), {{"stream", true}, {"max_tokens", 2}});
+        check_refusal(post(path, with(body, {{"prompt_logprobs", 1}})), 400,
+                      {"`prompt_logprobs` are not available when `stream=True`."});
+        CHECK(read_events(post(path, with(body, {{"prompt_logprobs", 0}}))).done);
+        for (const int bad : {-1, 21})
+            check_refusal(post(path, with(base(path), {{"prompt_logprobs", bad}})), 400,
+                          {"prompt_logprobs", std::to_string(bad)});
+    }
+}
+
+TEST_CASE("echo: the prompt's text before the output, in every form of a prompt", "[http]") {
+    const std::string one = "The KV cache 🌍 holds", two = "Cloud Run is a ";
+    const json forms{one, tokenized(one), json{one, two}, json{tokenized(two), tokenized(one)}};
+    for (const json& prompt : forms) {
+        for (const json& more :
+             {json{{"temperature", 0}}, json{{"seed", 5}, {"n", 2}},
+              json{{"seed", 5}, {"logprobs", 0}}, json{{"seed", 5}, {"logprobs", 2}, {"n", 2}}}) {
+            const json plain = with(more, {{"prompt", prompt}, {"max_tokens", 4}});
+            const json fields = with(plain, {{"echo", true}});
+            INFO(write(fields));
+            const json answer = both(completions, fields), silent = complete(plain);
+            const bool two_first = prompt.size() == 2 && prompt[0].is_array();
+            const size_t n = more.value("n", 1);
+            CHECK(answer["usage"] == silent["usage"]);
+            for (size_t i = 0; i < answer["choices"].size(); i++) {
+                const json& choice = answer["choices"][i];
+                const std::string& own = (i / n == 1) != two_first ? two : one;
+                CHECK(text_of(choice) == own + text_of(silent["choices"][i]));
+                if (!more.contains("logprobs")) continue;
+                const size_t k = more["logprobs"], size = tokenized(own).size();
+                check_lists(choice["logprobs"], size + 4, k, true);
+                CHECK(last(choice["logprobs"]["token_logprobs"], 4) ==
+                      silent["choices"][i]["logprobs"]["token_logprobs"]);
+                CHECK(choice["prompt_logprobs"].size() == size);  // as vLLM: implied
+            }
+        }
+    }
+}
+
+TEST_CASE("echo: no prompt, a cut one, and one with ends in it", "[http]") {
+    const std::tuple<json, json, std::string> table[]{
+        {"", json::object(), ""},
+        {"Cloud Run is", {{"truncate_prompt_tokens", 2}}, " is"},
+        {"Cloud Run is", {{"truncate_prompt_tokens", 1}}, ""},
+        {"Cloud Run is", {{"add_special_tokens", false}}, "Cloud Run is"},
+        {{2, 700, 106, 1, 701}, json::object(), decoded({700, 701})},
+        {{700, 701}, {{"stop_token_ids", {701}}}, decoded({700, 701})}};
+    for (const auto& [prompt, more, head] : table) {
+        for (const int most : {0, 3}) {
+            const json plain{{"prompt", prompt}, {"temperature", 0}, {"ignore_eos", true}};
+            const json fields = with(with(plain, more), {{"max_tokens", most}, {"echo", true}});
+            INFO(write(fields));
+            const json echoed = both(completions, fields);
+            const json silent = with(fields, {{"echo", false}, {"max_tokens", 3}});
+            CHECK(first_text(echoed) == head + (most > 0 ? first_text(complete(silent)) : ""));
+            CHECK(echoed["usage"]["completion_tokens"] == most);
+        }
+    }
+}
+
+TEST_CASE("echo in a stream: the first chunk of a choice has the prompt", "[http]") {
+    const std::string one = "The KV cache", two = "Cloud Run";
+    const Stream s =
+        stream(completions, {{"prompt", {one, two}}, {"n", 2}, {"max_tokens", 3}, {"echo", true}});
+    std::set<size_t> begun;
+    for (const json& e : s.events) {
+        REQUIRE(e["choices"].size() == 1);
+        const json& c = e["choices"][0];
+        if (begun.insert(c["index"].get<size_t>()).second)
+            CHECK(text_of(c).find(c["index"] < 2 ? one : two) == 0);
+    }
+    CHECK(begun.size() == 4);
+}
+
+TEST_CASE("echo and stop strings: only the output is searched", "[http]") {
+    const json fields{{"prompt", "The KV cache"}, {"temperature", 0}, {"max_tokens", 4}};
+    const json stopped = with(fields, {{"stop", {"KV", "cache"}}});
+    CHECK(first_text(both(completions, with(stopped, {{"echo", true}}))) ==
+          "The KV cache" + first_text(complete(stopped)));
+}
+
+TEST_CASE("echo of a chat: the last message, if the answer goes on from it", "[http]") {
+    const json talk = json::parse(R"([{"role": "user", "content": "Hi"},
+                                      {"role": "assistant", "content": "The KV"}])");
+    const json open{{"messages", json::array({talk[0]})}, {"add_generation_prompt", false}};
+    const json going_on{
+        {"messages", talk}, {"add_generation_prompt", false}, {"continue_final_message", true}};
+    const std::pair<json, std::string> table[]{
+        {base(chat), ""}, {open, "Hi"}, {going_on, "The KV"}};
+    for (const auto& [body, head] : table) {
+        const json fields = with(body, {{"temperature", 0}, {"max_tokens", 4}});
+        INFO(write(fields));
+        const json answer = both(chat, with(fields, {{"echo", true}})), silent = ask(chat, fields);
+        CHECK(first_text(answer) == head + first_text(silent));
+        CHECK(answer["usage"] == silent["usage"]);
+    }
+}
+
+namespace {
+
+// A text without an answer: nothing but its scores.
+json score(const Ids& ids, size_t k, int port = server().port) {
+    const json fields{{"prompt", ids}, {"echo", true}, {"max_tokens", 0}};
+    return ask(completions, with(fields, as_ids(completions, int(k))), port)["choices"][0];
+}
+
+}  // namespace
+
+TEST_CASE("scoring a text gives the floats of its making, to the last bit", "[http]") {
+    // What moves the choice of a token does not move its logprob.
+    const Ids prompt = tokenized("The server answers");
+    for (const json& making :
+         {json{{"temperature", 0}}, json{{"seed", 3}, {"temperature", 2}, {"top_k", 0}},
+          json{{"seed", 3}, {"top_k", 5}, {"top_p", 0.5}, {"min_p", 0.1}},
+          json{{"seed", 3}, {"logit_bias", {{"600", 100}}}},
+          json{{"seed", 3}, {"allowed_token_ids", {600, 700, 800}}},
+          json{{"seed", 3}, {"repetition_penalty", 2}, {"frequency_penalty", 1}},
+          json{{"seed", 3}, {"presence_penalty", -2}, {"min_tokens", 12}}}) {
+        INFO(write(making));
+        const json fields{{"prompt", prompt}, {"max_tokens", 12}, {"ignore_eos", true}};
+        const json one = complete(with(with(fields, making), as_ids(completions, 3)))["choices"][0];
+        const Ids ids = plus(prompt, ids_of(one));
+        const json scored = score(ids, 3);
+        check_lists(scored["logprobs"], ids.size(), 3, true);
+        CHECK(ids_of(scored) == ids);
+        for (const char* list : {"token_logprobs", "tokens", "top_logprobs"})
+            CHECK(last(scored["logprobs"][list], 12) == one["logprobs"][list]);
+        for (size_t i = 1; i < ids.size(); i++) {
+            CHECK(scored["prompt_logprobs"][i][std::to_string(ids[i])]["logprob"] ==
+                  scored["logprobs"]["token_logprobs"][i]);
+        }
+    }
+}
+
+TEST_CASE("scores depend on no chunk, no page, no neighbour and no cache", "[http]") {
+    Server tiny({"--num-gpu-blocks-override", "6", "--max-num-batched-tokens", "7"});
+    std::vector<Ids> texts;
+    for (int t = 0; t < 4; t++) {
+        texts.emplace_back();
+        for (int i = 0; i < 40; i++) texts.back().push_back(600 + (i * (t + 3) * 37) % 1000);
+    }
+    json alone = json::array();
+    for (const Ids& ids : texts) alone.push_back(score(ids, 2)["prompt_logprobs"]);
+    CHECK(score(texts[0], 2)["prompt_logprobs"] == alone[0]);  // now its pages are cached
+    const json answer = ask(completions,
+                            {{"prompt", texts},
+                             {"max_tokens", 70},
+                             {"temperature", 0},
+                             {"ignore_eos", true},
+                             {"prompt_logprobs", 2}},
+                            tiny.port);
+    for (size_t i = 0; i < 4; i++) CHECK(answer["choices"][i]["prompt_logprobs"] == alone[i]);
+    const std::string metrics = get("/metrics", tiny.port).body;
+    const size_t at = metrics.find("\nvllm:num_preemptions_total{");
+    REQUIRE(at != std::string::npos);
+    CHECK(std::atof(metrics.c_str() + metrics.find('}', at) + 1) > 0);
+}
+
+// [3] Choices -------------------------------------------------------------------------------------
+
+TEST_CASE("logit_bias: 100 forces an id, -100 bans it", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const json five{{"max_tokens", 5}, {"ignore_eos", true}};
+        CHECK(made(path, with(five, {{"logit_bias", {{"1000", 100}}}})) == Ids(5, 1000));
+        CHECK(made(path, with(five, {{"logit_bias", {{"2047", 100}}}})) == Ids(5, 2047));
+        const Ids plain = made(path, five);
+        json ban;
+        for (const int id : plain) ban[std::to_string(id)] = -100;
+        for (const int id : made(path, with(five, {{"logit_bias", ban}})))
+            CHECK(std::count(plain.begin(), plain.end(), id) == 0);
+        for (const json& none : {json(), json::object(), json{{"1000", 0}}})
+            CHECK(made(path, with(five, {{"logit_bias", none}})) == plain);
+    }
+    const auto biased = [](double a, double b) {
+        return made(completions, {{"max_tokens", 8}, {"logit_bias", {{"700", a}, {"1500", b}}}});
+    };
+    const Ids even = biased(100, 100);  // else one of the two would win each time
+    CHECK(biased(1e9, 100) == even);
+    CHECK(biased(100, 1e9) == even);
+}
+
+TEST_CASE("allowed_token_ids: no other comes", "[http]") {
+    const std::set<int> allowed{700, 1500, 2047};
+    for (const std::string& path : {completions, chat}) {
+        const json fields{{"max_tokens", 10}, {"allowed_token_ids", allowed}, {"ignore_eos", true}};
+        for (const json& how : {json{{"temperature", 0}}, json{{"temperature", 5}, {"seed", 1}}}) {
+            const Ids ids = made(path, with(fields, how));
+            CHECK(ids.size() == 10);
+            for (const int id : ids) CHECK(allowed.count(id) == 1);
+        }
+        CHECK(made(path, {{"max_tokens", 3}, {"allowed_token_ids", {700}}}) == Ids(3, 700));
+    }
+}
+
+TEST_CASE("logprobs of prompts name a bounded number of ids", "[http]") {
+    const json many{{"prompt", std::vector<Ids>(64, Ids(3'200, 300))}, {"max_tokens", 1}};
+    check_refusal(post(completions, with(many, {{"prompt_logprobs", 20}})), 400,
+                  {"at most 4194304 ids", "4300800"});
+    check_refusal(post(completions, with(many, {{"echo", true}, {"logprobs", 20}})), 400,
+                  {"4300800"});
+}
+
+TEST_CASE("empty stream_options are none", "[http]") {
+    for (const std::string& path : {completions, chat})
+        ask(path, {{"stream_options", json::object()}, {"max_tokens", 1}});
+}
+
+TEST_CASE("min_tokens: no end before, and one at once behind", "[http]") {
+    const json end{{"logit_bias", {{"106", 100}}}, {"max_tokens", 6}};
+    for (const std::string& path : {completions, chat}) {
+        for (const int least : {0, 1, 4, 5}) {
+            const json answer = both(path, with(end, {{"min_tokens", least}, {"temperature", 0}}));
+            CHECK(answer["usage"]["completion_tokens"] == least + 1);
+            CHECK(answer["choices"][0]["finish_reason"] == "stop");
+            CHECK(answer["choices"][0]["stop_reason"] == 106);
+        }
+        const json full = both(path, with(end, {{"min_tokens", 6}, {"temperature", 0}}));
+        CHECK(full["usage"]["completion_tokens"] == 6);
+        CHECK(full["choices"][0]["finish_reason"] == "length");
+        const Ids own = made(path, {{"logit_bias", {{"600", 100}}},
+                                    {"stop_token_ids", {600}},
+                                    {"min_tokens", 3},
+                                    {"max_tokens", 6}});
+        REQUIRE(own.size() == 4);
+        CHECK(own[3] == 600);
+        CHECK(std::count(own.begin(), own.end(), 600) == 1);
+        check_refusal(post(path, with(base(path), {{"min_tokens", 5}, {"max_tokens", 4}})), 400,
+                      {"min_tokens", "max_tokens", "5", "4"});
+        check_refusal(post(path, with(base(path), {{"min_tokens", 2},
+                                                   {"max_tokens", 4},
+                                                   {"allowed_token_ids", {1, 106}}})),
+                      400, {"min_tokens", "allowed"});
+    }
+}
+
+TEST_CASE("a generated turn's end can be held off", "[http]") {
+    // The fake model ends here by itself.
+    const json fields{{"top_k", 1000}, {"temperature", 0}, {"min_tokens", 3}, {"max_tokens", 3}};
+    CHECK(both(chat, fields)["usage"]["completion_tokens"] == 3);
+}
+
+TEST_CASE("presence and frequency penalties: each choice is the best of what is left", "[demo]") {
+    const Ids odd{1500, 700, 1900, 900, 1300, 1100};  // what follows is anybody's guess
+    int moved = 0;                                    // choices that were not the likeliest
+    for (const auto& [presence, frequency] :
+         {std::pair(1.5, 0.), std::pair(0., 0.7), std::pair(2., 2.), std::pair(-1., -0.5)}) {
+        const json fields{{"prompt", odd},
+                          {"temperature", 0},
+                          {"max_tokens", 24},
+                          {"ignore_eos", true},
+                          {"presence_penalty", presence},
+                          {"frequency_penalty", frequency},
+                          {"logit_bias", {{"1", -100}, {"106", -100}}}};
+        const json choice = complete(with(fields, as_ids(completions, 20)))["choices"][0];
+        std::map<int, int> counts;  // of what was generated; the prompt is not punished
+        const json& lists = choice["logprobs"];
+        const Ids ids = ids_of(choice);
+        for (size_t i = 0; i < ids.size(); i++) {
+            const auto punished = [&](int id, double logprob) {
+                return logprob - (counts[id] ? presence : 0) - frequency * counts[id];
+            };
+            const double raw = lists["token_logprobs"][i], own = punished(ids[i], raw);
+            INFO(presence << " " << frequency << " " << i << " " << ids[i]);
+            for (const auto& [name, logprob] : lists["top_logprobs"][i].items()) {
+                const int id = std::stoi(name.substr(9));
+                if (id == 1 || id == 106) continue;
+                CHECK(own >= punished(id, logprob) - 1e-3);
+                moved += logprob > raw;
+            }
+            counts[ids[i]]++;
+        }
+    }
+    CHECK(moved > 0);
+}
+
+TEST_CASE("penalties change a text in the direction that they name", "[demo]") {
+    for (const std::string& path : {completions, chat}) {
+        const Ids prompt = path == chat ? tokens_of(base(chat)) : tokenized("The server answers");
+        const auto ids_with = [&](const json& fields) {
+            const json common{{"temperature", 0}, {"max_tokens", 20}, {"ignore_eos", true}};
+            return ids_of(ask(path, with(with(common, fields), as_ids(path)))["choices"][0]);
+        };
+        // Of eight ids that make no sense, the times that the likeliest comes.
+        const auto most = [&](double penalty) {
+            std::map<int, int> counts;
+            for (const int id :
+                 ids_with({{"frequency_penalty", penalty},
+                           {"allowed_token_ids", {700, 900, 1100, 1300, 1500, 1700, 1900, 2000}}}))
+                counts[id]++;
+            int times = 0;
+            for (const auto& [id, count] : counts) times = std::max(times, count);
+            return times;
+        };
+        CHECK(most(2) < most(0));
+        CHECK(most(-2) == 20);
+        const auto different = [&](double penalty) {
+            const Ids ids = ids_with({{"repetition_penalty", penalty}});
+            return std::set<int>(ids.begin(), ids.end()).size();
+        };
+        CHECK(different(1) > different(0.5));
+        // Over prompt and output: what was seen comes never.
+        const Ids ids = ids_with({{"repetition_penalty", 100}});
+        for (size_t i = 0; i < ids.size(); i++) {
+            CHECK(std::count(prompt.begin(), prompt.end(), ids[i]) == 0);
+            CHECK(std::count(ids.begin(), ids.begin() + ptrdiff_t(i), ids[i]) == 0);
+        }
+    }
+}
+
+TEST_CASE("penalties of a choice count that choice alone, in a stream too", "[demo]") {
+    const json fields{{"frequency_penalty", 1.5}, {"repetition_penalty", 1.3}, {"max_tokens", 10}};
+    for (const std::string& path : {completions, chat}) {
+        const json crowd = both(path, with(fields, {{"seed", 7}, {"n", 3}}));
+        for (int i = 0; i < 3; i++)
+            CHECK(text_of(crowd["choices"][size_t(i)]) ==
+                  first_text(ask(path, with(fields, {{"seed", 7 + i}}))));
+    }
+}
+
+TEST_CASE("generation_config.json gives the repetition penalty", "[demo]") {
+    std::string folder = (std::filesystem::temp_directory_path() / "gemma-api-XXXXXX").string();
+    REQUIRE(mkdtemp(folder.data()));
+    const std::filesystem::path copy = folder;
+    for (const auto& file : std::filesystem::directory_iterator(demo))
+        std::filesystem::create_symlink(file.path(), copy / file.path().filename());
+    json config = json::parse(read_file(copy / "generation_config.json"));
+    config["repetition_penalty"] = 100;
+    std::filesystem::remove(copy / "generation_config.json");
+    std::ofstream(copy / "generation_config.json") << config;
+    {
+        Server s({"--model", folder});
+        const json fields{{"temperature", 0}, {"max_tokens", 20}};
+        const auto said = [&](const json& more, int port) {
+            return first_text(ask(completions, with(fields, more), port));
+        };
+        CHECK(said({}, s.port) == said({{"repetition_penalty", 100}}, server().port));
+        CHECK(said({{"repetition_penalty", 1}}, s.port) == said({}, server().port));
+        CHECK(said({}, s.port) != said({}, server().port));
+    }
+    std::filesystem::remove_all(copy);
+}
+
+TEST_CASE("every choice of several prompts has its own seed", "[http]") {
+    const json fields{{"seed", 41}, {"max_tokens", 6}, {"temperature", 1}, {"logprobs", 1}};
+    const json many = both(completions, with(fields, {{"prompt", {"The KV", "A page"}}, {"n", 2}}));
+    for (size_t i = 0; i < 4; i++) {
+        const json alone =
+            complete(with(fields, {{"prompt", i < 2 ? "The KV" : "A page"}, {"seed", 41 + i % 2}}));
+        CHECK(comparable(many)[i] == comparable(alone)[0]);
+    }
+}
+
+// [4] Ends ----------------------------------------------------------------------------------------
+
+TEST_CASE("stop_token_ids: the id is the reason, and not shown unless asked", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const json fields{{"temperature", 0}, {"max_tokens", 8}, {"ignore_eos", true}};
+        const Ids plain = made(path, fields);
+        for (const size_t at : {0, 4, 7}) {
+            const int id = plain[at];
+            const auto first = std::find(plain.begin(), plain.end(), id) - plain.begin();
+            const Ids before(plain.begin(), plain.begin() + first);
+            for (const bool shown : {false, true}) {
+                const json answer =
+                    both(path, with(fields, {{"stop_token_ids", {id, 2046}},
+                                             {"include_stop_str_in_output", shown}}));
+                const json& choice = answer["choices"][0];
+                INFO(path << " " << id << " " << shown);
+                CHECK(choice["finish_reason"] == "stop");
+                CHECK(choice["stop_reason"] == id);
+                CHECK(answer["usage"]["completion_tokens"] == first + 1);
+                CHECK(text_of(choice) == decoded(shown ? plus(before, {id}) : before));
+            }
+        }
+        CHECK(made(path, with(fields, {{"stop_token_ids", json::array()}})) == plain);
+        CHECK(made(path, with(fields, {{"stop_token_ids", nullptr}})) == plain);
+    }
+}
+
+TEST_CASE("include_stop_str_in_output: the string ends the text, and nothing follows", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const json fields{{"temperature", 0}, {"max_tokens", 14}, {"ignore_eos", true}};
+        const std::string plain = first_text(ask(path, fields));
+        for (const size_t size : {1, 5}) {
+            const std::string stop = plain.substr(plain.size() / 2, size);
+            if (std::any_of(stop.begin(), stop.end(), [](char c) { return c < 0; })) continue;
+            const size_t at = plain.find(stop);
+            for (const bool shown : {false, true}) {
+                INFO(path << " " << stop);
+                const json choice =
+                    both(path, with(fields, {{"stop", stop},
+                                             {"include_stop_str_in_output", shown}}))["choices"][0];
+                CHECK(text_of(choice) == plain.substr(0, shown ? at + size : at));
+                CHECK(choice["stop_reason"] == stop);
+                CHECK(choice["finish_reason"] == "stop");
+            }
+        }
+    }
+}
+
+TEST_CASE("control tokens in a text: by name if asked, and the stop by its own field", "[http]") {
+    // The id that comes, other fields, the text, the finish and stop reasons.
+    const json table = json::parse(R"([
+        [105, {}, "", "length", null],
+        [105, {"skip_special_tokens": false}, "<start_of_turn><start_of_turn>", "length", null],
+        [105, {"skip_special_tokens": false, "include_stop_str_in_output": true},
+            "<start_of_turn><start_of_turn>", "length", null],
+        [106, {}, "", "stop", 106],
+        [106, {"include_stop_str_in_output": true}, "", "stop", 106],
+        [106, {"skip_special_tokens": false}, "", "stop", 106],
+        [106, {"skip_special_tokens": false, "include_stop_str_in_output": true},
+            "<end_of_turn>", "stop", 106],
+        [106, {"skip_special_tokens": false, "ignore_eos": true},
+            "<end_of_turn><end_of_turn>", "length", null],
+        [106, {"ignore_eos": true, "stop_token_ids": [106]}, "", "stop", 106],
+        [1, {}, "", "stop", null],
+        [1, {"skip_special_tokens": false, "ignore_eos": true}, "<eos><eos>", "length", null],
+        [107, {}, "\n\n", "length", null],
+        [700, {"skip_special_tokens": false, "stop": "<end_of_turn>"}, null, "length", null]
+    ])");
+    for (const json& row : table) {
+        const std::string id = std::to_string(row[0].get<int>());
+        for (const std::string& path : {completions, chat}) {
+            INFO(path << row);
+            const json choice = both(path, with(row[1], {{"logit_bias", {{id, 100}}},
+                                                         {"max_tokens", 2},
+                                                         {"temperature", 0}}))["choices"][0];
+            if (row[2].is_string()) CHECK(text_of(choice) == row[2].get<std::string>());
+            CHECK(choice["finish_reason"] == row[3]);
+            CHECK(choice["stop_reason"] == row[4]);
+        }
+    }
+    const json named{{"logit_bias", {{"105", 100}}}, {"max_tokens", 3}, {"stop", "turn><"}};
+    const json choice = both(completions, with(named, {{"skip_special_tokens", false}}));
+    CHECK(first_text(choice) == "<start_of_");  // a stop string finds a name that is shown
+}
+
+// [5] Refusals ------------------------------------------------------------------------------------
+
+TEST_CASE("parameters of a wrong type or out of range are named, with value and limit", "[http]") {
+    const json table = json::parse(R"([
+        ["both", "presence_penalty", "at least -2 and at most 2", [-2.1, 2.1, "x", [1], {}]],
+        ["both", "frequency_penalty", "at least -2 and at most 2", [-3, 1e300, "x"]],
+        ["both", "repetition_penalty", "above 0", [0, -1, "x"]],
+        ["both", "min_tokens", "at least 0", [-1, 1.5, "x", 1e30]],
+        ["both", "logit_bias", "", [5, "x", [5], {"5": "x"}, {"5": null}, {"5": [1]}]],
+        ["both", "logit_bias", "", [{"x": 1}, {"1.5": 1}, {"": 1}, {"5 ": 1}, {"0x5": 1}]],
+        ["both", "logit_bias", "2048", [{"2048": 1}, {"5": 1, "999999": -1}]],
+        ["both", "logit_bias", "", [{"-1": 1}, {"99999999999999999999": 1}, {"4294967301": 1}]],
+        ["both", "allowed_token_ids", "", [[], 5, {}, "x", ["x"], [1.5], [[5]], [null]]],
+        ["both", "allowed_token_ids", "", [[2048], [-1], [5, 999999], [4294967301]]],
+        ["both", "stop_token_ids", "", [5, {}, "x", ["x"], [1.5], [[5]], [null]]],
+        ["both", "stop_token_ids", "", [[2048], [-1], [5, 999999], [4294967301]]],
+        ["both", "include_stop_str_in_output", "true or false", [2, "perhaps", []]],
+        ["both", "skip_special_tokens", "true or false", [2, "perhaps"]],
+        ["both", "add_special_tokens", "true or false", [2, "perhaps"]],
+        ["both", "echo", "true or false", [2, "perhaps"]],
+        ["chat", "add_generation_prompt", "true or false", [2, "perhaps"]],
+        ["chat", "continue_final_message", "true or false", [2, "perhaps"]],
+        ["both", "truncate_prompt_tokens", "at least 1", [0, -1, 1.5, "x"]],
+        ["both", "prompt_logprobs", "at most 20", [-1, 21, 0.5, "x", 1e30]],
+        ["completions", "max_tokens", "max_tokens must be at least 1, got 0.", [0]]
+    ])");
+    for (const json& row : table) {
+        const std::string field = row[1];
+        for (const std::string& path : {completions, chat}) {
+            if (row[0] != "both" && (row[0] == "chat") != (path == chat)) continue;
+            for (const json& bad : row[3]) {
+                INFO(path << " " << field << " " << bad);
+                const json body = with(base(path), {{field, bad}});
+                const Reply reply = post(path, body);
+                check_refusal(reply, 400, {field, row[2]});
+                CHECK(reply.parsed()["error"]["param"] == field);
+                CHECK(reply.parsed()["error"]["type"] == "BadRequestError");
+                const Reply streamed = post(path, with(body, {{"stream", true}}));
+                CHECK(streamed.body == reply.body);
+                CHECK(streamed.header("Content-Type") == "application/json");
+            }
+        }
+    }
+}
+
+TEST_CASE("values at the limits, and null, are accepted", "[http]") {
+    const json table = json::parse(R"([
+        {"presence_penalty": -2}, {"presence_penalty": 2}, {"frequency_penalty": "0.5"},
+        {"repetition_penalty": 0.01}, {"repetition_penalty": 100}, {"min_tokens": "1"},
+        {"logit_bias": {"0": 1, "2047": -1.5}}, {"logit_bias": {"5": "3"}},
+        {"allowed_token_ids": [0, 2047]}, {"allowed_token_ids": [5, 5]},
+        {"stop_token_ids": [0, 2047]}, {"stop_token_ids": [5, 5]}, {"echo": 0},
+        {"include_stop_str_in_output": "true"}, {"skip_special_tokens": 1},
+        {"truncate_prompt_tokens": 1}, {"truncate_prompt_tokens": 1000000},
+        {"prompt_logprobs": "20"}, {"prompt_logprobs": 1.0}, {"max_tokens": true}
+    ])");
+    const Strings nulls = words(
+        "presence_penalty frequency_penalty repetition_penalty min_tokens logit_bias "
+        "allowed_token_ids stop_token_ids echo n stop include_stop_str_in_output "
+        "skip_special_tokens logprobs user truncate_prompt_tokens prompt_logprobs stream "
+        "stream_options seed temperature top_p top_k min_p ignore_eos best_of "
+        "add_special_tokens add_generation_prompt continue_final_message");
+    for (const std::string& path : {completions, chat}) {
+        for (const json& good : table) ask(path, with({{"max_tokens", 2}}, good));
+        json fields{{"max_tokens", 2}};
+        for (const std::string& name : nulls) fields[name] = nullptr;
+        ask(path, fields);
+    }
+}
+
+TEST_CASE("the order of checks: types, then the model, then what belongs together", "[http]") {
+    const json table = json::parse(R"([
+        [{"model": "gpt-4", "max_tokens": "many"}, 400, "max_tokens"],
+        [{"model": "gpt-4", "temperature": {}}, 400, "temperature"],
+        [{"model": "gpt-4", "logit_bias": 5}, 400, "logit_bias"],
+        [{"model": 5, "n": 2, "temperature": 0}, 400, "model"],
+        [{"model": "gpt-4", "n": 2, "temperature": 0}, 404, "gpt-4"],
+        [{"model": "gpt-4", "min_tokens": 5, "max_tokens": 4}, 404, "gpt-4"],
+        [{"model": "gpt-4", "max_tokens": 100000}, 404, "gpt-4"],
+        [{"n": 2, "temperature": 0, "max_tokens": 100000}, 400, "greedy"],
+        [{"min_tokens": 100001, "max_tokens": 100000}, 400, "min_tokens"]
+    ])");
+    for (const json& row : table) {
+        for (const std::string& path : {completions, chat}) {
+            INFO(path << row);
+            check_refusal(post(path, with(base(path), row[0])), row[1], {row[2]});
+        }
+    }
+    check_refusal(post(completions, {{"model", "gpt-4"}, {"prompt", {2048}}}), 404, {"gpt-4"});
+    check_refusal(
+        post(chat, {{"model", "gpt-4"}, {"messages", {{{"role", "assistant"}, {"content", "x"}}}}}),
+        404, {"gpt-4"});
+}
+
+TEST_CASE("stream options belong to a stream", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        for (const char* given :
+             {R"({"include_usage":true})", R"({"include_usage":null})",
+              R"({"continuous_usage_stats":true})", R"({"include_usage":false})"}) {
+            const json options{{"stream_options", json::parse(given)}};
+            check_refusal(post(path, with(base(path), options)), 400,
+                          {"Stream options can only be defined when `stream=True`."});
+        }
+        check_refusal(post(path, with(base(path), {{"stream", true}, {"stream_options", 5}})), 400,
+                      {"stream_options"});
+    }
+}
+
+TEST_CASE("both ways to end a chat's prompt at once", "[http]") {
+    const json body =
+        with(base(chat), {{"add_generation_prompt", true}, {"continue_final_message", true}});
+    for (const std::string& path : {chat, std::string("/tokenize")})
+        check_refusal(post(path, body), 400,
+                      {"Cannot set both `continue_final_message` and `add_generation_prompt` to "
+                       "True."});
+}
+
+TEST_CASE("a matrix of odd values: answered or refused, never an error of ours", "[http]") {
+    const json odd = json::parse(R"([null, true, -1, 1e308, 9223372036854775808, "", [null],
+                                     {"": null}, "\u0000"])");
+    const Strings fields = words(
+        "prompt messages max_tokens temperature top_p top_k min_p n seed stop stop_token_ids "
+        "logprobs logit_bias top_logprobs prompt_logprobs echo stream stream_options "
+        "min_tokens allowed_token_ids truncate_prompt_tokens model presence_penalty "
+        "repetition_penalty response_format tools skip_special_tokens continue_final_message "
+        "user best_of");
+    int status[600] = {};
+    for (size_t f = 0; f < fields.size(); f++) {
+        for (size_t i = 0; i < odd.size(); i++) {
+            const std::string& path = (f + i) % 2 ? chat : completions;
+            const json body = with(with(base(path), {{"max_tokens", 1}}), {{fields[f], odd[i]}});
+            const int code = post(path, body).status;
+            INFO(write(body) << code);
+            CHECK((code == 200 || code == 400 || code == 404));
+            status[code]++;
+        }
+    }
+    CHECK(status[200] > 50);
+    CHECK(status[400] > 100);
+}
+
+// [6] Books ---------------------------------------------------------------------------------------
+
+TEST_CASE("continuous_usage_stats: usage on every chunk", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const json fields{{"max_tokens", 6},
+                          {"min_tokens", 6},
+                          {"seed", 1},
+                          {"temperature", 1},
+                          {"ignore_eos", true}};
+        const json usage = ask(path, fields)["usage"];
+        const auto run = [&](const char* options) {
+            const Stream s = stream(path, with(fields, {{"stream_options", json::parse(options)}}));
+            CHECK(s.done);
+            return s.events;
+        };
+        const auto events = run(R"({"include_usage":true,"continuous_usage_stats":true})");
+        CHECK(events.back()["choices"] == json::array());
+        CHECK(events.back()["usage"] == usage);
+        int before = 0;
+        for (size_t i = 0; i + 1 < events.size(); i++) {
+            const json& u = events[i]["usage"];
+            const int now = u["completion_tokens"];
+            CHECK(u["prompt_tokens"] == usage["prompt_tokens"]);
+            CHECK(u["total_tokens"] == usage["prompt_tokens"].get<int>() + now);
+            CHECK(now == (path == chat ? int(i) : int(i) + 1));
+            CHECK(now >= std::exchange(before, now));
+        }
+        CHECK(before == 6);
+        for (const char* off : {R"({"include_usage":false,"continuous_usage_stats":true})",
+                                R"({"include_usage":false,"continuous_usage_stats":false})"}) {
+            for (const json& e : run(off)) {
+                CHECK(e["choices"].size() == 1);
+                CHECK(e.value("usage", json()).is_null());
+            }
+        }
+        for (const char* last_only : {"{}", R"({"continuous_usage_stats":null})"})
+            CHECK(run(last_only).back()["usage"] == usage);
+    }
+}
+
+TEST_CASE("usage tells the cached tokens, if the server is asked to", "[http]") {
+    Server telling({"--enable-prompt-tokens-details"});
+    const Ids ids(100, 700);
+    const auto details = [&](const json& prompt, int port) {
+        const json fields{
+            {"prompt", prompt}, {"max_tokens", 1}, {"stream_options", json::object()}};
+        const Stream s = stream(completions, fields, port);
+        return s.events.back()["usage"]["prompt_tokens_details"];
+    };
+    CHECK(details(ids, telling.port).is_null());
+    CHECK(details(ids, telling.port) == json{{"cached_tokens", 96}});
+    CHECK(details(Ids(101, 700), telling.port) == json{{"cached_tokens", 96}});
+    const json whole = ask(completions, {{"prompt", ids}, {"max_tokens", 1}}, telling.port);
+    CHECK(whole["usage"]["prompt_tokens_details"] == json{{"cached_tokens", 96}});
+    std::string long_talk;
+    for (int i = 0; i < 60; i++) long_talk += "a\n";
+    for (const int times : {0, 1}) {
+        const json said = post(chat, with(base(chat, long_talk), {{"max_tokens", 1}}), telling.port)
+                              .parsed()["usage"];
+        if (times == 0) CHECK(said["prompt_tokens_details"].is_null());
+        if (times == 1) {
+            const int cached = said["prompt_tokens_details"]["cached_tokens"];
+            CHECK((cached >= 64 && cached % 32 == 0 && cached < said["prompt_tokens"]));
+        }
+    }
+    for (int i = 0; i < 2; i++) CHECK(details(ids, server().port).is_null());
+}
+
+TEST_CASE("a client's X-Request-Id is in the answer's id", "[http]") {
+    const auto id = [](const std::string& path, bool streamed, const std::string& given) {
+        const json body = with(base(path), {{"max_tokens", 2}, {"stream", streamed}});
+        const Reply reply = send(server().port, "POST", path, write(body),
+                                 {{"Content-Type", "application/json"}, {"X-Request-Id", given}});
+        REQUIRE(reply.status == 200);
+        if (!streamed) return reply.parsed()["id"].get<std::string>();
+        const Stream s = read_events(reply);
+        for (const json& e : s.events) CHECK(e["id"] == s.events[0]["id"]);
+        return s.events[0]["id"].get<std::string>();
+    };
+    for (const std::string& path : {completions, chat}) {
+        const std::string head = path == chat ? "chatcmpl-" : "cmpl-";
+        for (const bool streamed : {false, true}) {
+            for (const std::string& good :
+                 {std::string("a"), std::string("job.7:A_b-9"), std::string(128, 'x')})
+                CHECK(id(path, streamed, good) == head + good);
+            for (const std::string& bad : {std::string(129, 'x'), std::string("a b"),
+                                           std::string("a\"b"), std::string("\xc3\xa9")}) {
+                const std::string own = id(path, streamed, bad);
+                CHECK(own.size() == head.size() + 32);
+                CHECK(own.find_first_not_of("0123456789abcdef", head.size()) == std::string::npos);
+            }
+        }
+    }
+}
+
+// [7] Routes --------------------------------------------------------------------------------------
+
+TEST_CASE("which methods a path has", "[http]") {
+    const std::map<std::string, Strings> paths{{"/health", {"GET", "HEAD"}},
+                                               {"/ping", {"GET", "HEAD", "POST"}},
+                                               {"/version", {"GET", "HEAD"}},
+                                               {"/load", {"GET", "HEAD"}},
+                                               {"/metrics", {"GET", "HEAD"}},
+                                               {"/v1/models", {"GET", "HEAD"}},
+                                               {completions, {"POST"}},
+                                               {chat, {"POST"}},
+                                               {"/tokenize", {"POST"}},
+                                               {"/detokenize", {"POST"}},
+                                               {"/v1/models/gemma-demo", {"GET", "HEAD"}}};
+    for (const auto& [path, methods] : paths) {
+        for (const std::string method :
+             {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}) {
+            const json body = with(base(path == chat ? chat : completions),
+                                   {{"max_tokens", 1}, {"tokens", {700}}});
+            const Reply reply =
+                send(server().port, method, path, method == "POST" ? write(body) : "");
+            INFO(method << " " << path << " " << reply.status << " " << reply.body);
+            if (std::count(methods.begin(), methods.end(), method)) {
+                CHECK(reply.status == 200);
+                continue;
+            }
+            CHECK(reply.status == 405);
+            for (const std::string& m : methods)
+                CHECK((m == "HEAD" || reply.header("Allow").find(m) != std::string::npos));
+            if (method == "HEAD") continue;
+            check_refusal(reply, 405, {});
+            CHECK(reply.parsed()["error"]["type"] == "MethodNotAllowedError");
+        }
+        if (methods.size() == 1) continue;
+        const std::string head =
+            everything(server().port, "HEAD " + path + " HTTP/1.1\r\nHost: x\r\n\r\n");
+        CHECK(head.find("HTTP/1.1 200") == 0);
+        CHECK(head.find("\r\n\r\n") + 4 == head.size());  // no body
+    }
+    for (const char* path : {"/", "/v1", "/v1/", "/v1/completions/", "/V1/models", "/favicon.ico"})
+        check_refusal(get(path), 404, {"/"});
+    CHECK(get("/health?x=1").status == 200);
+}
+
+TEST_CASE("ping, load and one model", "[http]") {
+    CHECK(get("/ping").body == "");
+    const Reply pinged = send(server().port, "POST", "/ping", "", {});
+    CHECK((pinged.status == 200 && pinged.body.empty()));
+    for (const char* name : {"gemma-demo", "google/gemma-3-1b-it"}) {
+        json one = get(std::string("/v1/models/") + name).parsed(),
+             list = get("/v1/models").parsed();
+        CHECK(one["id"] == name);
+        CHECK(keys(one) == keys(list["data"][0]));
+        CHECK((one["object"] == "model" && one["root"] == list["data"][0]["root"]));
+    }
+    check_refusal(get("/v1/models/gpt-4"), 404, {"The model `gpt-4` does not exist."});
+    check_refusal(get("/v1/models/"), 404, {});
+    check_refusal(get("/v1/models/" + std::string(500, 'x')), 404, {"xxx"});
+
+    Server counting({"--enable-server-load-tracking"}, {"GEMMA_FAKE_STEP_MS=2"});
+    const auto load = [&] { return get("/load", counting.port).parsed(); };
+    CHECK(load() == json{{"server_load", 0}});
+    json during;
+    const json body =
+        with(base(chat), {{"stream", true}, {"max_tokens", 20'000}, {"ignore_eos", true}});
+    send(counting.port, "POST", chat, write(body), as_json, [&](std::string_view) {
+        during = load();
+        return false;
+    });
+    CHECK(during == json{{"server_load", 1}});
+    const auto start = Clock::now();
+    while (load()["server_load"] != 0 && Clock::now() - start < patience) std::this_thread::yield();
+    CHECK(load()["server_load"] == 0);
+}
+
+TEST_CASE("other origins' pages may call", "[http]") {
+    const int port = server().port;
+    for (const auto& path : {completions, std::string("/health"), std::string("/nowhere")}) {
+        const Reply asked =
+            send(port, "OPTIONS", path, "",
+                 {{"Origin", "http://page.example"},
+                  {"Access-Control-Request-Method", "POST"},
+                  {"Access-Control-Request-Headers", "authorization,content-type"}});
+        INFO(path << asked.body);
+        CHECK((asked.status == 200 && asked.body == "OK"));
+        CHECK(asked.header("access-control-allow-origin") == "*");
+        CHECK(asked.header("access-control-allow-methods") ==
+              "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT");
+        CHECK(asked.header("access-control-allow-headers") == "authorization,content-type");
+        CHECK(asked.header("access-control-max-age") == "600");
+    }
+    const Reply bare = send(port, "OPTIONS", chat, "",
+                            {{"Origin", "x"}, {"Access-Control-Request-Method", "GET"}});
+    CHECK(bare.status == 200);
+    CHECK(bare.header("access-control-allow-headers") == "*");
+    CHECK(send(port, "OPTIONS", chat, "", {{"Origin", "x"}}).status == 405);
+    CHECK(send(port, "OPTIONS", chat, "", {}).status == 405);
+
+    const httplib::Headers from{{"Content-Type", "application/json"}, {"Origin", "http://a.b"}};
+    const json streamed = with(base(chat), {{"stream", true}, {"max_tokens", 1}});
+    const std::tuple<const char*, std::string, std::string, int> table[]{
+        {"GET", "/health", "", 200},     {"GET", "/v1/models", "", 200},
+        {"GET", "/x", "", 404},          {"PUT", "/health", "", 405},
+        {"POST", completions, "{", 400}, {"POST", chat, write(streamed), 200}};
+    for (const auto& [method, path, body, status] : table) {
+        const Reply reply = send(port, method, path, body, from);
+        INFO(method << " " << path);
+        CHECK(reply.status == status);
+        CHECK(reply.header("access-control-allow-origin") == "*");
+    }
+    CHECK(get("/health").header("access-control-allow-origin") == "");
+}
+
+TEST_CASE("keys guard /v1 and nothing else", "[http]") {
+    const auto check = [](int port, const Strings& keys_) {
+        const auto status = [&](const std::string& method, const std::string& path,
+                                const std::string& key) {
+            httplib::Headers headers = as_json;
+            if (!key.empty()) headers.emplace("Authorization", key);
+            const json body = with(base(path == chat ? chat : completions), {{"max_tokens", 1}});
+            const Reply reply =
+                send(port, method, path, method == "POST" ? write(body) : "", headers);
+            INFO(method << " " << path << " " << key << " " << reply.body);
+            if (reply.status != 401) return reply.status;
+            check_refusal(reply, 401, {"Unauthorized"});
+            CHECK(reply.parsed()["error"]["type"] == "AuthenticationError");
+            CHECK(reply.header("WWW-Authenticate") == "Bearer");
+            return 401;
+        };
+        for (const std::string& key : keys_) {
+            for (const char* scheme : {"Bearer ", "bearer ", "BEARER "}) {
+                CHECK(status("GET", "/v1/models", scheme + key) == 200);
+                CHECK(status("POST", chat, scheme + key) == 200);
+            }
+            for (const std::string& wrong :
+                 Strings{"", key, "Bearer " + key + "x", "Bearer " + key.substr(1), "Basic " + key,
+                         "Bearer", "Bearer ", "Bearer Bearer " + key}) {
+                CHECK(status("GET", "/v1/models", wrong) == 401);
+                CHECK(status("POST", completions, wrong) == 401);
+                CHECK(status("GET", "/v1/nothing", wrong) == 401);  // before the path
+            }
+            CHECK(status("GET", "/v1/nothing", "Bearer " + key) == 404);
+        }
+        for (const char* open : {"/health", "/ping", "/metrics", "/version", "/load"})
+            CHECK(status("GET", open, "") == 200);
+        CHECK(status("POST", "/tokenize", "") == 200);
+        CHECK(send(port, "OPTIONS", chat, "",
+                   {{"Origin", "x"}, {"Access-Control-Request-Method", "POST"}})
+                  .status == 200);
+    };
+    Server flag({"--api-key", "k-one", "k-two"});
+    check(flag.port, {"k-one", "k-two"});
+    Server variable({}, {"VLLM_API_KEY=k-env"});
+    check(variable.port, {"k-env"});
+    CHECK(flag.log().find("k-one") == std::string::npos);
+    CHECK(variable.log().find("k-env") == std::string::npos);
+    CHECK(send(server().port, "GET", "/v1/models", "", {{"Authorization", "Bearer x"}}).status ==
+          200);
+}
+
+// [8] Metrics -------------------------------------------------------------------------------------
+
+namespace {
+
+// Prometheus' text format, strictly read.
+class Metrics {
+  public:
+    explicit Metrics(int port) {
+        const Reply reply = get("/metrics", port);
+        REQUIRE(reply.status == 200);
+        CHECK(reply.header("Content-Type") == "text/plain; version=0.0.4; charset=utf-8");
+        size_t at = 0;
+        for (size_t end; (end = reply.body.find('\n', at)) != std::string::npos; at = end + 1)
+            read(reply.body.substr(at, end - at));
+        need(at == reply.body.size(), "half a line at the end");
+        for (const auto& [name, kind] : types) check(name, kind);
+    }
+
+    // Of the one sample with this name and this label.
+    double operator()(const std::string& name, const std::string& label = "") const {
+        double value = std::nan("");
+        int found = 0;
+        for (const Sample& s : samples) {
+            if (s.name != "vllm:" + name || s.labels.find(label) == std::string::npos) continue;
+            value = s.value, found++;
+        }
+        need(found == 1, name + "{" + label + "}: found " + std::to_string(found));
+        return value;
+    }
+    std::string labels(const std::string& name) const {
+        for (const Sample& s : samples) {
+            if (s.name == "vllm:" + name) return s.labels;
+        }
+        return "";
+    }
+    std::map<std::string, std::string> types;  // by family
+
+  private:
+    struct Sample {
+        std::string name, labels;
+        double value;
+    };
+
+    static void need(bool met, const std::string& what) {
+        if (!met) throw std::runtime_error("metrics: " + what);
+    }
+
+    void read(const std::string& line) {
+        if (line.starts_with("# HELP ")) {
+            family = line.substr(7, line.find(' ', 7) - 7);
+            need(line.size() > 8 + family.size() && helped.insert(family).second, line);
+        } else if (line.starts_with("# TYPE ")) {
+            const size_t space = line.find(' ', 7);
+            need(line.substr(7, space - 7) == family, line);  // right behind its HELP
+            const std::string kind = line.substr(space + 1);
+            need(kind == "gauge" || kind == "counter" || kind == "histogram", line);
+            need(types.emplace(family, kind).second, line);
+        } else {
+            const size_t open = line.find('{'), close = line.find("} ");
+            need(open != std::string::npos && close != std::string::npos && open < close, line);
+            const std::string name = line.substr(0, open),
+                              labels = line.substr(open, close - open + 1);
+            const bool histogram = types[family] == "histogram";
+            const Strings ends = histogram ? Strings{"_bucket", "_sum", "_count"} : Strings{""};
+            need(std::any_of(ends.begin(), ends.end(),
+                             [&](const auto& e) { return name == family + e; }),
+                 line);
+            need(labels.find(R"(engine="0")") != std::string::npos, line);
+            need(labels.find(R"(model_name="gemma-demo")") != std::string::npos, line);
+            need(distinct.insert(line.substr(0, close + 1)).second, line);
+            char* end = nullptr;
+            const double value = std::strtod(line.c_str() + close + 2, &end);
+            need(*end == 0 && std::isfinite(value) && value >= 0, line);
+            samples.push_back({name, labels, value});
+        }
+    }
+
+    void check(const std::string& name, const std::string& kind) const {
+        if (kind == "counter") need(name.ends_with("_total"), name);
+        if (kind != "histogram") return;
+        double before = 0, limit = -1, count = -1;
+        bool sum = false;
+        for (const Sample& s : samples) {
+            if (s.name == name + "_bucket") {
+                const size_t le = s.labels.find("le=\"");
+                need(le != std::string::npos, s.labels);
+                const double edge = std::strtod(s.labels.c_str() + le + 4, nullptr);  // knows +Inf
+                need(edge > limit && s.value >= before, name + " is not cumulative");
+                limit = edge, before = s.value;
+            }
+            if (s.name == name + "_count") count = s.value;
+            sum |= s.name == name + "_sum";
+        }
+        need(limit == std::numeric_limits<double>::infinity(), name + " has no +Inf");
+        need(sum && count == before, name + ": its count is not its +Inf");
+    }
+
+    std::string family;
+    std::set<std::string> helped, distinct;
+    std::vector<Sample> samples;
+};
+
+// Books are closed behind the answer: look until they are as expected.
+Metrics metrics_when(int port, const std::function<bool(const Metrics&)>& ready) {
+    for (const auto start = Clock::now();;) {
+        Metrics m(port);
+        if (ready(m) || Clock::now() - start > patience) return m;
+    }
+}
+
+bool idle(const Metrics& m) {
+    return m("num_requests_running") == 0 && m("num_requests_waiting") == 0 &&
+           m("kv_cache_usage_perc") == 0;
+}
+
+}  // namespace
+
+TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
+    const Metrics m(server().port);
+    const std::map<std::string, Strings> families{
+        {"gauge", words("num_requests_running num_requests_waiting gpu_cache_usage_perc "
+                        "kv_cache_usage_perc cache_config_info")},
+        {"counter",
+         words("prompt_tokens_total generation_tokens_total request_success_total "
+               "num_preemptions_total gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total "
+               "prefix_cache_queries_total prefix_cache_hits_total")},
+        {"histogram",
+         words("time_to_first_token_seconds time_per_output_token_seconds "
+               "inter_token_latency_seconds e2e_request_latency_seconds "
+               "request_queue_time_seconds request_inference_time_seconds "
+               "request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens "
+               "request_generation_tokens request_max_num_generation_tokens "
+               "request_params_max_tokens request_params_n iteration_tokens_total")}};
+    for (const auto& [kind, names] : families) {
+        for (const std::string& name : names) {
+            INFO(name);
+            CHECK(m.types.at("vllm:" + name) == kind);
+        }
+    }
+    CHECK(m("cache_config_info") == 1);
+    CHECK(m.labels("cache_config_info").find(R"(block_size="32")") != std::string::npos);
+    CHECK(m.labels("cache_config_info").find("num_gpu_blocks=\"") != std::string::npos);
+    for (const char* reason : {"stop", "length", "abort"})
+        CHECK(m("request_success_total", text(R"(finished_reason="%s")", reason)) >= 0);
+    // First and last edges, and one amid.
+    const std::map<std::string, Strings> edges{
+        {"time_to_first_token_seconds", {"0.001", "0.06", "2560"}},
+        {"time_per_output_token_seconds", {"0.01", "0.75", "80"}},
+        {"inter_token_latency_seconds", {"0.01", "0.75", "80"}},
+        {"e2e_request_latency_seconds", {"0.3", "2.5", "7680"}},
+        {"request_decode_time_seconds", {"0.3", "2.5", "7680"}},
+        {"request_prompt_tokens", {"1", "200", "20000"}},
+        {"request_params_n", {"1", "5", "20"}},
+        {"iteration_tokens_total", {"1", "8", "16384"}}};
+    for (const auto& [name, list] : edges) {
+        for (const std::string& le : list) {
+            const double edge = std::stod(le);
+            bool found = false;  // 1 may be written as 1.0
+            for (const std::string& form : {le, le + ".0"}) {
+                try {
+                    m(name + "_bucket", "le=\"" + form + "\"");
+                    found = true;
+                } catch (const std::runtime_error&) {
+                }
+            }
+            INFO(name << " " << edge);
+            CHECK(found);
+        }
+    }
+}
+
+TEST_CASE("metrics: ten requests of ten tokens", "[http]") {
+    Server s;
+    json usage;
+    for (int i = 0; i < 10; i++) {
+        usage = ask(i % 2 ? chat : completions,
+                    with(i % 2 ? json{{"messages", {{{"role", "user"}, {"content", "Hi"}}}}}
+                               : json{{"prompt", tokens_of(base(chat, "Hi"))}},
+                         {{"max_tokens", 10}, {"ignore_eos", true}, {"seed", i}}),
+                    s.port)["usage"];
+    }
+    const double P = usage["prompt_tokens"];
+    const std::string length = R"(finished_reason="length")", stop = R"(finished_reason="stop")";
+    const auto done = [&](int n, const std::string& reason) {
+        return [=](const Metrics& m) { return idle(m) && m("request_success_total", reason) >= n; };
+    };
+    {
+        const Metrics m = metrics_when(s.port, done(10, length));
+        for (const char* name :
+             {"e2e_request_latency", "request_queue_time", "request_prefill_time",
+              "request_decode_time", "request_inference_time", "time_to_first_token"}) {
+            INFO(name);
+            CHECK(m(std::string(name) + "_seconds_count") == 10);
+        }
+        const std::map<std::string, double> expected{{"time_per_output_token_seconds_count", 90},
+                                                     {"inter_token_latency_seconds_count", 90},
+                                                     {"generation_tokens_total", 100},
+                                                     {"prompt_tokens_total", 10 * P},
+                                                     {"request_prompt_tokens_sum", 10 * P},
+                                                     {"request_prompt_tokens_count", 10},
+                                                     {"request_generation_tokens_sum", 100},
+                                                     {"request_generation_tokens_count", 10},
+                                                     {"request_max_num_generation_tokens_sum", 100},
+                                                     {"request_params_max_tokens_sum", 100},
+                                                     {"request_params_n_sum", 10},
+                                                     {"request_params_n_count", 10},
+                                                     {"iteration_tokens_total_count", 100},
+                                                     {"iteration_tokens_total_sum", 10 * (P + 10)},
+                                                     {"num_preemptions_total", 0},
+                                                     {"gpu_cache_usage_perc", 0}};
+        for (const auto& [name, value] : expected) {
+            INFO(name);
+            CHECK(m(name) == value);
+        }
+        CHECK(m("request_success_total", length) == 10);
+        CHECK(m("request_success_total", stop) == 0);
+        CHECK(m("request_success_total", R"(finished_reason="abort")") == 0);
+        CHECK(m("e2e_request_latency_seconds_sum") >= m("request_inference_time_seconds_sum"));
+        CHECK(m("e2e_request_latency_seconds_sum") > 0);
+    }
+    // One observation for each choice; refusals are none.
+    ask(completions, {{"n", 3}, {"logit_bias", {{"106", 100}}}, {"seed", 1}, {"top_k", 1}}, s.port);
+    ask(completions,
+        {{"prompt", {"a", "b"}}, {"stop_token_ids", {700}}, {"logit_bias", {{"700", 100}}}},
+        s.port);
+    CHECK(post(completions, {{"prompt", 5}}, s.port).status == 400);
+    const Metrics m = metrics_when(s.port, done(5, stop));
+    CHECK(m("request_success_total", stop) == 5);
+    CHECK(m("request_success_total", length) == 10);
+    CHECK(m("time_to_first_token_seconds_count") == 15);
+    CHECK(m("e2e_request_latency_seconds_count") == 15);
+    CHECK(m("generation_tokens_total") == 105);
+    CHECK(m("time_per_output_token_seconds_count") == 90);
+}
+
+TEST_CASE("metrics: hits of the prefix cache, in tokens", "[http]") {
+    Server s;
+    for (int i = 0; i < 2; i++)
+        ask(completions, {{"prompt", Ids(100, 700)}, {"max_tokens", 1}}, s.port);
+    const Metrics m = metrics_when(s.port, [](const Metrics& now) {
+        return idle(now) && now("request_success_total", "length") == 2;
+    });
+    for (const std::string head : {"", "gpu_"}) {
+        CHECK(m(head + "prefix_cache_hits_total") == 96);
+        CHECK(m(head + "prefix_cache_queries_total") == 200);
+    }
+    CHECK(m("prompt_tokens_total") == 200);
+}
+
+TEST_CASE("metrics: who runs, who waits, and that nobody does any more", "[http]") {
+    Server s({"--max-num-seqs", "1"}, {"GEMMA_FAKE_STEP_MS=2"});
+    const json body = with(base(completions), {{"max_tokens", 20'000},
+                                               {"n", 4},
+                                               {"ignore_eos", true},
+                                               {"temperature", 1},
+                                               {"stream", true}});
+    std::map<std::string, double> seen_then;
+    send(s.port, "POST", completions, write(body), as_json, [&](std::string_view) {
+        const Metrics m(s.port);
+        for (const char* name : {"num_requests_running", "num_requests_waiting",
+                                 "gpu_cache_usage_perc", "kv_cache_usage_perc"})
+            seen_then[name] = m(name);
+        return false;
+    });
+    CHECK(seen_then["num_requests_running"] == 1);
+    CHECK(seen_then["num_requests_waiting"] == 3);
+    CHECK((seen_then["kv_cache_usage_perc"] > 0 && seen_then["kv_cache_usage_perc"] < 1));
+    CHECK(seen_then["gpu_cache_usage_perc"] > 0);
+    const Metrics m = metrics_when(s.port, idle);
+    CHECK(idle(m));
+    CHECK(m("generation_tokens_total") < 20'000);  // it was not made to the end
+    CHECK(m("request_success_total", R"(finished_reason="length")") == 0);
+}
+
+// [9] Callers -------------------------------------------------------------------------------------
+
+TEST_CASE("lm-eval: a batch of prompts, scored with one token more", "[http]") {
+    const std::vector<Ids> prompts{tokenized("Cloud Run is a "), tokenized("The KV cache holds")};
+    const json answer = complete({{"model", "gemma-demo"},
+                                  {"prompt", prompts},
+                                  {"temperature", 0},
+                                  {"max_tokens", 1},
+                                  {"logprobs", 1},
+                                  {"seed", 1234},
+                                  {"echo", true}});
+    REQUIRE(answer["choices"].size() == 2);
+    for (size_t i = 0; i < 2; i++) {
+        const json& lists = answer["choices"][i]["logprobs"];
+        const size_t size = prompts[i].size();
+        check_lists(lists, size + 1, 1, true);
+        CHECK(text_of(answer["choices"][i]).find(decoded(prompts[i])) == 0);
+        for (size_t j = 1; j <= size;
+             j++) {  // it takes a token for greedy if its float is the most
+            double most = -1e9;
+            for (const json& logprob : lists["top_logprobs"][j])
+                most = std::max<double>(most, logprob);
+            const bool greedy = lists["token_logprobs"][j] == most;
+            CHECK(greedy == (lists["top_logprobs"][j].size() == 1));
+        }
+        CHECK(lists["top_logprobs"][size].size() == 1);
+    }
+}
+
+TEST_CASE("vllm bench serve: its body, and where it looks for times and counts", "[http]") {
+    const json body = json::parse(R"({"model": "gemma-demo", "prompt": "The server answers",
+        "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": null,
+        "stream": true, "stream_options": {"include_usage": true}, "ignore_eos": true})");
+    const Stream s =
+        read_events(send(server().port, "POST", completions, write(body),
+                         {{"Content-Type", "application/json"}, {"Authorization", "Bearer None"}}));
+    CHECK(s.done);
+    REQUIRE(s.events.size() == 9);
+    for (size_t i = 0; i < 8; i++) CHECK(s.events[i]["choices"].size() == 1);
+    CHECK(s.events[8]["choices"] == json::array());
+    CHECK(s.events[8]["usage"]["completion_tokens"] == 8);
+}
+
+TEST_CASE("guidellm: health, the first model, and a chat of so many tokens", "[http]") {
+    CHECK(get("/health").status == 200);
+    const std::string name = get("/v1/models").parsed()["data"][0]["id"];
+    const json body{
+        {"model", name},
+        {"max_tokens", 6},
+        {"max_completion_tokens", 6},
+        {"stop", nullptr},
+        {"ignore_eos", true},
+        {"stream", true},
+        {"stream_options", {{"include_usage", true}, {"continuous_usage_stats", true}}}};
+    for (const std::string& path : {completions, chat}) {
+        const Stream s = read_events(post(path, with(base(path), body)));
+        CHECK(s.done);
+        for (const json& e : s.events) CHECK(!e.contains("error"));
+        CHECK(s.events.back()["usage"]["completion_tokens"] == 6);
+    }
+}
+
+TEST_CASE("others' programs send more fields than they use", "[http]") {
+    const json table = json::parse(R"([
+        ["chat", {"model": "gemma-demo", "user": "u", "parallel_tool_calls": false, "store": false,
+                  "metadata": {"a": "b"}, "service_tier": "auto", "max_tokens": 2}],
+        ["chat", {"best_of": 1, "use_beam_search": false, "spaces_between_special_tokens": true,
+                  "request_id": "x", "cache_salt": "s", "reasoning_effort": "low",
+                  "max_tokens": 2}],
+        ["chat", {"tools": [], "tool_choice": "none", "response_format": {"type": "text"},
+                  "max_tokens": 2, "extra_body": {"guided_json": {}}}],
+        ["completions", {"best_of": 1, "use_beam_search": false, "user": "", "suffix": null,
+                         "vllm_xargs": {}, "max_tokens": 2}]
+    ])");
+    for (const json& row : table) ask(row[0] == "chat" ? chat : completions, row[1]);
+}
+
+TEST_CASE("ids 0 five times are a prompt, and the shortest answer is exact", "[http]") {
+    const json answer = complete(
+        {{"prompt", {0, 0, 0, 0, 0}}, {"max_tokens", 5}, {"temperature", 0}, {"ignore_eos", true}});
+    CHECK(write(answer["usage"]) == R"({"prompt_tokens":5,"total_tokens":10,"completion_tokens":5,)"
+                                    R"("prompt_tokens_details":null})");
+    REQUIRE(answer["choices"].size() == 1);
+    CHECK(answer["choices"][0]["finish_reason"] == "length");
+    CHECK(answer["choices"][0]["prompt_logprobs"].is_null());
+}
+
+TEST_CASE("a long prompt in a stream: usage counts the tokens that came", "[http]") {
+    const Stream s =
+        stream(completions,
+               {{"prompt", Ids(300, 700)},
+                {"max_tokens", 5},
+                {"ignore_eos", true},
+                {"stream_options", {{"include_usage", true}, {"continuous_usage_stats", true}}}});
+    REQUIRE(s.events.size() == 6);
+    for (int i = 0; i < 5; i++) {
+        CHECK(s.events[size_t(i)]["usage"]["completion_tokens"] == i + 1);
+        CHECK(s.events[size_t(i)]["usage"]["prompt_tokens"] == 300);
+    }
+}
+
+TEST_CASE("choices in a stream: as many chunks as tokens, one finish for each", "[http]") {
+    for (const json& many : {json{{"n", 3}}, json{{"prompt", {"a", "b", "c"}}},
+                             json{{"prompt", {{700}, {701}, {702}}}}}) {
+        const Stream s = stream(
+            completions, with({{"max_tokens", 5}, {"ignore_eos", true}, {"temperature", 1}}, many));
+        std::map<int, int> chunks, finishes;
+        for (const json& e : s.events) {
+            REQUIRE(e["choices"].size() == 1);
+            const json& c = e["choices"][0];
+            chunks[c["index"]]++;
+            finishes[c["index"]] += !c["finish_reason"].is_null();
+        }
+        CHECK(chunks == std::map<int, int>{{0, 5}, {1, 5}, {2, 5}});
+        CHECK(finishes == std::map<int, int>{{0, 1}, {1, 1}, {2, 1}});
+    }
+}
+
+TEST_CASE("a chat's stream: the role once, one id, one time", "[http]") {
+    const Stream s = stream(chat, {{"n", 2}, {"max_tokens", 4}, {"ignore_eos", true}});
+    std::map<int, int> roles;
+    for (const json& e : s.events) {
+        CHECK((e["id"] == s.events[0]["id"] && e["created"] == s.events[0]["created"]));
+        const json& c = e["choices"][0];
+        if (c["delta"].contains("role")) roles[c["index"]]++;
+    }
+    CHECK(roles == std::map<int, int>{{0, 1}, {1, 1}});
+    CHECK(s.events[0]["choices"][0]["delta"].contains("role"));
+    CHECK(s.events[1]["choices"][0]["delta"].contains("role"));
+}
+
+// [10] Old wounds ---------------------------------------------------------------------------------
+
+TEST_CASE("bug: UTF-8 split across tokens", "[http]") {
+    Ids bytes;  // single bytes of the piece table: heads and tails of characters, in any order
+    for (const int byte : {0xf0, 0x9f, 0x8c, 0x8d, 0xc3, 0xa9, 0xed, 0xa0, 0x41})
+        bytes.push_back(238 + byte);
+    for (const std::string& path : {completions, chat}) {
+        std::string all;
+        const json answer = both(path, {{"allowed_token_ids", bytes},
+                                        {"temperature", 5},
+                                        {"top_k", 0},
+                                        {"top_p", 1},
+                                        {"max_tokens", 8},
+                                        {"n", 6},
+                                        {"seed", 1}});  // parsing refuses what is not UTF-8
+        for (const json& c : answer["choices"]) all += text_of(c);
+        CHECK(all.find("\uFFFD") != std::string::npos);
+    }
+    const std::string prompt = "Xin chào 🌍 日本";
+    CHECK(first_text(both(completions, {{"prompt", prompt}, {"echo", true}, {"max_tokens", 0}})) ==
+          prompt);
+}
+
+TEST_CASE("bug: stop string over tokens, streamed too early", "[http]") {
+    const json fields{{"logit_bias", {{"107", 100}}}, {"max_tokens", 9}};  // "\n" for ever
+    const Stream s = stream(completions, with(fields, {{"stop", "\n\n\n\nx"}}));
+    CHECK(merged(s, 1)[0]["text"] == std::string(9, '\n'));
+    CHECK(s.events[5]["choices"][0]["text"] != "");  // no more is held back than could be a stop
+    const Stream cut = stream(completions, with(fields, {{"stop", "\n\n\n"}}));
+    CHECK(merged(cut, 1)[0]["text"] == "");
+    CHECK(cut.events.size() == 3);
+}
+
+TEST_CASE("bug: EOS list", "[http]") {
+    for (const auto& [id, reason] :
+         {std::pair(1, json()), std::pair(106, json(106)), std::pair(107, json("none"))}) {
+        const json choice = ask(
+            chat, {{"logit_bias", {{std::to_string(id), 100}}}, {"max_tokens", 3}})["choices"][0];
+        CHECK(choice["finish_reason"] == (id == 107 ? "length" : "stop"));
+        if (id != 107) CHECK(choice["stop_reason"] == reason);
+    }
+}
+
+TEST_CASE("bug: -inf logprobs -> 500", "[http]") {
+    for (const json& odd :
+         {json{{"allowed_token_ids", {0, 3, 5}}}, json{{"logit_bias", {{"0", 100}}}},
+          json{{"temperature", 1e-6}}, json{{"temperature", 1e300}}}) {
+        const json fields = with(odd, {{"logprobs", 20}, {"max_tokens", 4}, {"seed", 1}});
+        const json lists = both(completions, fields)["choices"][0]["logprobs"];
+        for (const json& l : lists["token_logprobs"]) CHECK((l <= 0 && l >= -9999));
+        for (const json& top : lists["top_logprobs"]) {
+            for (const json& l : top) CHECK((l <= 0 && l >= -9999));
+        }
+    }
+}
+
+TEST_CASE("bug: logprob values depend on sampling params", "[http]") {
+    const auto first = [](const json& fields) {
+        return complete(with(
+            fields,
+            {{"logprobs", 5}, {"max_tokens", 1}}))["choices"][0]["logprobs"]["top_logprobs"][0];
+    };
+    const json plain = first({{"temperature", 0}});
+    for (const json& other :
+         {json{{"temperature", 1.7}, {"seed", 1}}, json{{"top_k", 1}},
+          json{{"repetition_penalty", 3}}, json{{"logit_bias", {{"700", 5}}}}}) {
+        const json top = first(other);
+        for (const auto& [token, logprob] : plain.items()) CHECK(top[token] == logprob);
+    }
+}
+
+TEST_CASE("bug: duplicate token strings collapse top_logprobs keys", "[http]") {
+    // Bytes of a character all read U+FFFD: the token's own float must be the one that stays.
+    const json fields{{"prompt", "🌍🌎🌏"}, {"echo", true}, {"logprobs", 20}, {"max_tokens", 1}};
+    const json lists = complete(fields)["choices"][0]["logprobs"];
+    check_lists(lists, lists["tokens"].size(), 20, true);
+    const json spoken = ask(chat, {{"logprobs", true}, {"top_logprobs", 20}, {"max_tokens", 1}});
+    CHECK(spoken["choices"][0]["logprobs"]["content"][0]["top_logprobs"].size() == 20);
+}
+
+TEST_CASE("bug: echo/prompt_logprobs kills the engine", "[http]") {
+    const Ids ids(400, 700);
+    const json answer =
+        complete({{"prompt", ids}, {"echo", true}, {"logprobs", 20}, {"max_tokens", 1}, {"n", 2}});
+    for (const json& c : answer["choices"]) CHECK(c["logprobs"]["tokens"].size() == 401);
+    CHECK(get("/health").status == 200);
+}
+
+TEST_CASE("bug: echo + max_tokens 0 crash", "[http]") {
+    const Ids ids = tokenized("The KV cache");
+    for (const json& prompt :
+         {json("The KV cache"), json(ids), json{"The KV cache", "The KV cache"}}) {
+        for (const json& more : {json::object(), json{{"logprobs", 1}}, json{{"n", 2}},
+                                 json{{"stop", "KV"}}, json{{"ignore_eos", true}}}) {
+            const json fields =
+                with(more, {{"prompt", prompt}, {"echo", true}, {"max_tokens", 0}, {"seed", 1}});
+            INFO(write(fields));
+            const json answer = both(completions, fields);
+            CHECK(answer["usage"]["completion_tokens"] == 0);
+            for (const json& c : answer["choices"]) {
+                CHECK(text_of(c) == "The KV cache");
+                CHECK((c["finish_reason"] == "length" && c["stop_reason"].is_null()));
+                if (more.contains("logprobs")) check_lists(c["logprobs"], ids.size(), 1, true);
+            }
+        }
+    }
+    for (const json& off : {json(false), json()})
+        check_refusal(post(completions, {{"prompt", "a"}, {"echo", off}, {"max_tokens", 0}}), 400,
+                      {"max_tokens must be at least 1, got 0."});
+    check_refusal(post(chat, with(base(chat), {{"echo", true}, {"max_tokens", 0}})), 400,
+                  {"max_tokens"});
+}
+
+TEST_CASE("bug: max_tokens null -> 500", "[http]") {
+    CHECK(ask(completions,
+              {{"max_tokens", nullptr}, {"ignore_eos", true}})["usage"]["completion_tokens"] == 16);
+    const json talk = ask(chat, {{"max_tokens", nullptr},
+                                 {"max_completion_tokens", nullptr},
+                                 {"stop_token_ids", {700}},
+                                 {"logit_bias", {{"700", 100}}}});
+    CHECK(talk["usage"]["completion_tokens"] == 1);
+}
+
+TEST_CASE("bug: huge n / prompt list / logprobs: DoS", "[http]") {
+    const json table = json::parse(R"([
+        {"n": 129}, {"n": 1000000}, {"n": 2147483648}, {"n": 4294967297}, {"n": 1e30},
+        {"best_of": 1000000}, {"logprobs": 1000000}, {"prompt_logprobs": 1000000},
+        {"max_tokens": 4294967297}, {"min_tokens": 4294967297}
+    ])");
+    for (const json& row : table) {
+        INFO(row);
+        CHECK(post(completions, with(base(completions), row)).status == 400);
+    }
+    check_refusal(post(completions, {{"prompt", Strings(10'000, "a")}}), 400, {"64"});
+    check_refusal(post(completions, {{"prompt", Strings(64, "a")}, {"n", 3}}), 400, {"128"});
+}
+
+TEST_CASE("bug: n>1 overwrites choices", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const json answer =
+            both(path, {{"n", 3}, {"seed", 9}, {"temperature", 2}, {"max_tokens", 6}});
+        REQUIRE(answer["choices"].size() == 3);
+        for (size_t i = 0; i < 3; i++) CHECK(answer["choices"][i]["index"] == i);
+    }
+}
+
+TEST_CASE("bug: usage in streams missing or wrong", "[http]") {
+    // An end that shows no text is a token too.
+    const json fields{
+        {"logit_bias", {{"106", 100}}}, {"n", 2}, {"temperature", 1}, {"min_tokens", 2}};
+    for (const std::string& path : {completions, chat}) {
+        const json whole = ask(path, fields)["usage"];
+        CHECK(whole["completion_tokens"] == 6);
+        const Stream s =
+            stream(path, with(fields, {{"stream_options", {{"include_usage", true}}}}));
+        CHECK(s.events.back()["usage"] == whole);
+        CHECK(s.events.back()["choices"] == json::array());
+    }
+}
+
+TEST_CASE("bug: missing finish_reason:null", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        for (const json& e : stream(path, {{"max_tokens", 3}}).events)
+            CHECK(e["choices"][0].contains("finish_reason"));
+    }
+}
+
+TEST_CASE("bug: disconnect not noticed", "[http]") {
+    Server s({}, {"GEMMA_FAKE_STEP_MS=2"});
+    const json body = with(base(completions), {{"max_tokens", 30'000}, {"ignore_eos", true}});
+    {
+        Raw whole(s.port);  // not streamed: nothing is written that could fail
+        whole.write(raw_post(completions, body));
+        metrics_when(s.port, [](const Metrics& m) { return m("num_requests_running") == 1; });
+    }
+    const Metrics m = metrics_when(s.port, idle);
+    CHECK(idle(m));
+    CHECK(m("generation_tokens_total") < 30'000);
+}
+
+TEST_CASE("bug: duplicate X-Request-Id crashes/hangs engine", "[http]") {
+    const auto replies = at_once<Reply>(6, [](size_t i) {
+        const std::string path = i % 2 ? chat : completions;
+        const json body = with(base(path), {{"max_tokens", 8}, {"seed", i}, {"ignore_eos", true}});
+        return send(server().port, "POST", path, write(body),
+                    {{"Content-Type", "application/json"}, {"X-Request-Id", "same"}});
+    });
+    for (size_t i = 0; i < 6; i++) {
+        REQUIRE(replies[i].status == 200);
+        const json answer = replies[i].parsed();
+        CHECK(answer["id"] == (i % 2 ? "chatcmpl-same" : "cmpl-same"));
+        CHECK(comparable(answer) ==
+              comparable(ask(i % 2 ? chat : completions,
+                             {{"max_tokens", 8}, {"seed", i}, {"ignore_eos", true}})));
+    }
+}
+
+TEST_CASE("bug: invalid schema/regex crash", "[http]") {
+    const json table = json::parse(R"([
+        {"guided_json": 42}, {"guided_json": {"type": "nothing"}}, {"guided_regex": "(["},
+        {"guided_choice": []}, {"guided_grammar": "root ::="},
+        {"guided_json": {"type": "object"}, "guided_regex": "a"},
+        {"structured_outputs": {"regex": "("}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}},
+        {"response_format": {"type": "json_schema"}}, {"response_format": {"type": "sound"}},
+        {"response_format": 5}, {"structural_tag": "x"}
+    ])");
+    for (const json& row : table) {
+        for (const std::string& path : {completions, chat}) {
+            INFO(path << row);
+            check_refusal(post(path, with(base(path), row)), 400, {});
+        }
+    }
+}
+
+TEST_CASE("bug: endless whitespace in JSON mode", "[http]") {
+    check_refusal(post(chat, with(base(chat), {{"response_format", {{"type", "json_object"}}}})),
+                  400, {"response_format"});  // there is no JSON mode, and that is said
+}
+
+TEST_CASE("bug: defaults from generation_config surprise", "[http]") {
+    CHECK(server().says("sampling defaults: temperature 0.7, top_k 64, top_p 0.95"));
+}
+
+TEST_CASE("bug: error shape", "[http]") {
+    const std::tuple<const char*, std::string, std::string, const char*, int> table[]{
+        {"GET", "/nowhere", "", "NotFoundError", 404},
+        {"POST", "/v1/nowhere", "{}", "NotFoundError", 404},
+        {"GET", completions, "", "MethodNotAllowedError", 405},
+        {"DELETE", "/v1/models", "", "MethodNotAllowedError", 405},
+        {"POST", completions, "{", "BadRequestError", 400},
+        {"POST", chat, "{}", "BadRequestError", 400},
+        {"POST", "/tokenize", "{}", "BadRequestError", 400},
+        {"POST", "/detokenize", "{}", "BadRequestError", 400},
+        {"POST", completions, R"({"prompt":"a","model":"b"})", "NotFoundError", 404}};
+    for (const auto& [method, path, body, type, status] : table) {
+        INFO(method << " " << path << " " << body);
+        const Reply reply = send(server().port, method, path, body);
+        check_refusal(reply, status, {});
+        CHECK(reply.parsed()["error"]["type"] == type);
+        CHECK(reply.header("Content-Type") == "application/json");
+        CHECK(reply.body == write(reply.parsed()));
+    }
+}
+
+TEST_CASE("bug: 500 for bad types; message leaks/amplifies input", "[http]") {
+    const std::string large(100'000, 'x');
+    for (const json& bad :
+         {json{{"max_tokens", large}}, json{{"model", large}}, json{{"logit_bias", {{large, 1}}}},
+          json{{"stop", {large, 5}}}, json{{"prompt", Strings(2000, large.substr(0, 50))}}}) {
+        const Reply reply = post(completions, with(base(completions), bad));
+        INFO(reply.body.substr(0, 300));
+        CHECK((reply.status == 400 || reply.status == 404));
+        CHECK(reply.body.size() < 1000);
+    }
+}
+
+TEST_CASE("bug: double BOS", "[http]") {
+    for (const json& body : {base(chat), base(completions), base(chat, "<bos>x")}) {
+        const Ids ids = tokens_of(body);
+        CHECK(std::count(ids.begin(), ids.end(), 2) == 1);
+        CHECK(ids[0] == 2);
+        CHECK(ask(body.contains("prompt") ? completions : chat,
+                  with(body, {{"max_tokens", 1}}))["usage"]["prompt_tokens"] == ids.size());
+    }
+}
+
+TEST_CASE("bug: roles must alternate", "[http]") {
+    for (const char* roles : {R"(["user","user"])", R"(["assistant"])", R"(["developer"])",
+                              R"(["user","assistant","tool"])", R"(["system","user","user"])"}) {
+        json messages = json::array();
+        for (const json& role : json::parse(roles))
+            messages.push_back({{"role", role}, {"content", "x"}});
+        INFO(roles);
+        check_refusal(post(chat, {{"messages", messages}, {"max_tokens", 1}}), 400,
+                      {"Conversation roles must alternate user/assistant/user/assistant/..."});
+    }
+}
+
+TEST_CASE("bug: tool calls on Gemma 3", "[http]") {
+    const json tool = json::parse(R"({"type": "function", "function": {"name": "f",
+                                      "parameters": {"type": "object"}}})");
+    for (const json& asked :
+         {json{{"tools", json::array({tool})}}, json{{"tool_choice", "required"}},
+          json{{"tools", json::array({tool})}, {"tool_choice", "auto"}},
+          json{{"tool_choice", {{"type", "function"}, {"function", {{"name", "f"}}}}}},
+          json{{"functions", json::array({tool["function"]})}}}) {
+        INFO(write(asked));
+        check_refusal(post(chat, with(base(chat), asked)), 400, {"not supported"});
+    }
+    const json message =
+        ask(chat, {{"tool_choice", "none"}, {"max_tokens", 1}})["choices"][0]["message"];
+    CHECK(message["tool_calls"] == json::array());
+}
+
+TEST_CASE("bug: keep-alive 5 s -> 502", "[http]") {
+    // No connection is kept that a proxy could use again just as it goes.
+    const json body = with(base(completions), {{"max_tokens", 1}});
+    for (const std::string& request :
+         {std::string("GET /health HTTP/1.1\r\nHost: x\r\n\r\n"),
+          std::string("GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"),
+          raw_post(completions, body), raw_post(completions, with(body, {{"stream", true}})),
+          raw_post(chat, json{{"messages", 5}})}) {
+        const std::string answer = everything(server().port, request);  // it ends, so it was closed
+        INFO(answer);
+        CHECK(answer.find("\r\nConnection: close\r\n") != std::string::npos);
+        CHECK(answer.find("keep-alive") == std::string::npos);
+    }
+}
+
+TEST_CASE("bug: silent ignore of asked features", "[http]") {
+    const json same{{"seed", 1}, {"max_tokens", 6}};
+    for (const std::string& path : {completions, chat}) {
+        for (const json& asked :
+             {json{{"best_of", 2}}, json{{"use_beam_search", true}}, json{{"bad_words", {"x"}}},
+              json{{"priority", 1}}, json{{"return_token_ids", true}}, json{{"suffix", "x"}}}) {
+            INFO(path << write(asked));
+            check_refusal(post(path, with(base(path), asked)), 400,
+                          {keys(asked)[0], "not supported"});
+        }
+        CHECK(first_text(ask(path, with(same, {{"no_such_field", {1, 2}}}))) ==
+              first_text(ask(path, same)));
+    }
+    const json image = json::parse(R"([{"role": "user", "content": [{"type": "image_url",
+        "image_url": {"url": "data:image/png;base64,AAAA"}}]}])");
+    check_refusal(post(chat, {{"messages", image}}), 400, {"image_url"});
+}
