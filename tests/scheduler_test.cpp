@@ -6,13 +6,15 @@
 //   [2] Machine: pages in memory, and every rule of a Batch checked at every step
 //   [3] Scripts: what runs in which step, as a table
 //   [4] Windows, limits, ends, leaving
-//   [5] Crowds: too few pages, and chance
+//   [5] Logprobs of prompts, penalties, masks
+//   [6] Crowds: too few pages, and chance
 //
 // Machine is where most bugs are found. It remembers what was written to each place of each page,
 // lets a row see nothing else, and compares every token with a run that had all to itself.
 #include "tests/test.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <iterator>
 #include <list>
@@ -20,14 +22,17 @@
 #include <random>
 #include <utility>
 
+using gemma::Adjustment;
 using gemma::Batch;
 using gemma::Finish;
 using gemma::global_pool;
 using gemma::Limits;
 using gemma::local_pool;
+using gemma::Output;
 using gemma::page_tokens;
 using gemma::Pool;
 using gemma::PoolUse;
+using gemma::Result;
 using gemma::Results;
 using gemma::Scheduler;
 using gemma::Sequence;
@@ -46,26 +51,39 @@ uint64_t mix(uint64_t hash, int x) {
 
 // As a model's, it depends on the order of all that is seen, in the window a second time, and for
 // sampling on the seed and on how many tokens were drawn before.
+uint64_t mix(uint64_t hash, const Ids& ids) {
+    for (const int id : ids) hash = mix(hash, id);
+    return hash;
+}
+
 int next_id(const Ids& all, const Ids& window, uint64_t seed, int index) {
-    uint64_t hash = seed;
-    for (const int id : all) hash = mix(hash, id);
-    for (const int id : window) hash = mix(hash, id);
-    return int((mix(hash, index) >> 32) % vocabulary);
+    return int((mix(mix(mix(seed, all), window), index) >> 32) % vocabulary);
+}
+
+float logprob_of(int id, const Ids& all, const Ids& window) {  // 24 bits, so that none is lost
+    return -float(mix(mix(mix(5, all), window), id) >> 40);
 }
 
 struct Answer {
     Ids ids;
     Finish finish = Finish::none;
+    std::vector<float> scores = {};  // the logprobs of the prompt, from its second token on
 };
 
 // What a sequence must get: the run without pages, batches or neighbours.
 Answer undisturbed(const Sequence& s, int window) {
     Answer answer;
-    Ids all = s.tokens;
+    Ids all;
+    const auto seen = [&] { return Ids(all.end() - std::min(window, int(all.size())), all.end()); };
+    for (const int id : s.tokens) {
+        if (s.prompt_logprobs >= 0 && !all.empty())
+            answer.scores.push_back(logprob_of(id, all, seen()));
+        all.push_back(id);
+    }
+    if (s.max_tokens == 0) answer.finish = Finish::length;
     while (answer.finish == Finish::none) {
-        const auto first = std::max<ptrdiff_t>(0, ptrdiff_t(all.size()) - window);
         const int index = int(answer.ids.size());
-        const int id = next_id(all, {all.begin() + first, all.end()}, s.sampling.seed, index);
+        const int id = next_id(all, seen(), s.sampling.seed, index);
         all.push_back(id);
         answer.ids.push_back(id);
         if (std::count(s.stop_ids.begin(), s.stop_ids.end(), id))
@@ -90,15 +108,56 @@ Ids operator+(Ids a, const Ids& b) {
 
 // [2] Machine -------------------------------------------------------------------------------------
 
+struct Wishes {  // of a sequence, besides a text
+    int prompt_logprobs = -1;
+    float presence = 0, frequency = 0, repetition = 1;
+    std::map<int, float> bias = {};
+    bool mask = false;
+    int min_tokens = 0;
+};
+
+// What becomes of each id's logit, by id, from the whole text; quarters, so that floats are exact.
+using Adjusted = std::array<Adjustment, vocabulary>;
+
+Adjusted adjusted(const Wishes& wishes, const Ids& text, int prompt_tokens) {
+    Adjusted all{};
+    for (const auto& [id, bias] : wishes.bias) all[size_t(id)].bias = bias;
+    for (size_t i = 0; i < text.size(); i++) {
+        Adjustment& a = all[size_t(text[i])];
+        a.repetition = wishes.repetition;
+        if (i < size_t(prompt_tokens)) continue;
+        a.penalty += wishes.frequency + (a.id++ ? 0 : wishes.presence);  // id: how often, so far
+    }
+    for (int id = 0; id < vocabulary; id++) all[size_t(id)].id = id;
+    return all;
+}
+
+bool carries(const Output& out, Adjusted missing) {
+    for (const Adjustment& a : out.adjustments) {
+        Adjustment& m = missing.at(size_t(a.id));
+        if (a.id != m.id || a.bias != m.bias || a.repetition != m.repetition ||
+            a.penalty != m.penalty)
+            return false;
+        m = {-1};  // each id once
+    }
+    return std::all_of(missing.begin(), missing.end(), [](const Adjustment& a) {
+        return a.bias == 0 && a.repetition == 1 && a.penalty == 0;
+    });
+}
+
 struct Job {
     char name;
     std::shared_ptr<Sequence> sequence;
+    Wishes wishes;
     Answer expected, got;
+    double started = 0;
+    int preemptions = 0;
 };
 
 struct Span {  // what one row does in one step
     char name;
     int first, last;  // positions
+    int scored;       // logprobs of the prompt
     bool output;
 };
 using Step = std::vector<Span>;
@@ -111,26 +170,39 @@ class Machine {
     }
 
     const std::shared_ptr<Job>& add(char name, const Ids& prompt, int max_tokens,
-                                    const Ids& stop_ids = {}, uint64_t seed = 0) {
+                                    const Ids& stop_ids = {}, uint64_t seed = 0,
+                                    const Wishes& wishes = {}) {
         auto s = std::make_shared<Sequence>();
         s->tokens = prompt;
         s->prompt_tokens = int(prompt.size());
         s->max_tokens = max_tokens;
         s->stop_ids = stop_ids;
         s->sampling.seed = seed;
-        live.push_back(std::make_shared<Job>(Job{name, s, undisturbed(*s, limits.window), {}}));
+        s->prompt_logprobs = wishes.prompt_logprobs;
+        s->presence = wishes.presence, s->frequency = wishes.frequency;
+        s->repetition = wishes.repetition;
+        for (const Adjustment& a : adjusted(wishes, prompt, int(prompt.size()))) {
+            if (a.bias != 0 || a.repetition != 1) s->adjustments.push_back(a);
+        }
+        if (wishes.mask) s->allowed = std::make_shared<const std::vector<uint32_t>>(1);
+        s->min_tokens = wishes.min_tokens;
+        if (s->min_tokens) s->allowed_before = std::make_shared<const std::vector<uint32_t>>(2);
+        live.push_back(
+            std::make_shared<Job>(Job{name, s, wishes, undisturbed(*s, limits.window), {}}));
         scheduler.add(s);
         return live.back();
     }
 
     Step step() {
-        const Batch& batch = scheduler.next();
+        const Batch& batch = scheduler.next(now += 0.5);
         must(scheduler.preemptions() <= limit, "it does nothing but preempt");
+        count_preempted();
         forget_cancelled();
         check_books();
         check_order();
         check_shape(batch);
         const Step rows = name_rows(batch);
+        check_started();
         poison(batch);
         write(batch, rows);
         const Results results = attend(batch, rows);
@@ -157,6 +229,8 @@ class Machine {
     Scheduler scheduler;
     std::list<std::shared_ptr<Job>> live;  // in the order of arrival
     std::function<void()> while_it_runs;   // called once, between next() and finish()
+    double now = 0;                        // of the last step
+    int preempted_amid = 0;                // the logprobs of a prompt
 
   private:
     struct Place {  // of one token in a page
@@ -207,6 +281,24 @@ class Machine {
             must(use.held == std::count_if(count.begin(), count.end(), [](int n) { return n > 0; }),
                  "the pages that are held are not those in the tables");
         }
+    }
+
+    void count_preempted() {
+        for (const auto& job : live) {
+            const Sequence& s = *job->sequence;
+            if (job->preemptions == s.preemptions) continue;
+            must(++job->preemptions == s.preemptions && !holds_pages(*job), "a preemption");
+            const int scored = int(job->got.scores.size());
+            preempted_amid += scored > 0 && scored + 1 < s.prompt_tokens;
+        }
+    }
+
+    void check_started() {
+        for (Job* job : row_jobs) {
+            if (job->started == 0) job->started = now;
+        }
+        for (const auto& job : live)
+            must(job->sequence->started == job->started, "the time of the first step");
     }
 
     // First come, first served, and the newest gives way: what runs is always the oldest.
@@ -264,8 +356,14 @@ class Machine {
             must(std::equal(b.tokens.begin() + ptrdiff_t(from), b.tokens.begin() + ptrdiff_t(to),
                             s.tokens.begin() + s.computed),
                  "a row's tokens are not its sequence's");
-            const int last = b.positions[to - 1];
-            rows.push_back({owner->name, s.computed, last, last + 1 == int(s.tokens.size())});
+            const int last = b.positions[to - 1], due = int(owner->got.scores.size());
+            int scored = 0;
+            if (s.prompt_logprobs >= 0 && due + 1 < s.prompt_tokens) {
+                must(s.computed <= due, "a logprob of the prompt is skipped");
+                scored = std::max(0, std::min(last, s.prompt_tokens - 2) + 1 - due);
+            }
+            const bool output = last + 1 == int(s.tokens.size());
+            rows.push_back({owner->name, s.computed, last, scored, output});
             row_jobs.push_back(owner);
         }
         const bool prompts =
@@ -320,21 +418,43 @@ class Machine {
 
     Results attend(const Batch& b, const Step& rows) {
         Results results;
+        const int behind = limits.window - 1;  // what a token sees before itself
         for (size_t r = 0; r < rows.size(); r++) {
-            const auto [name, first, last, output] = rows[r];
-            const Sequence& s = *row_jobs[r]->sequence;
+            const auto [name, first, last, scored, output] = rows[r];
+            const Job& job = *row_jobs[r];
+            const Sequence& s = *job.sequence;
             const Ids all = read(global_pool, r, b, 0, last);
-            const int behind = limits.window - 1;  // what a token sees before itself
             read(local_pool, r, b, std::max(0, first - behind), last);
-            if (!output) continue;
-            const Ids window = read(local_pool, r, b, std::max(0, last - behind), last);
-            must(results.size() < b.outputs.size(), "an output is missing");
-            const gemma::Output& out = b.outputs[results.size()];
-            must(out.token == b.row_start[r + 1] - 1 && out.row == int(r) && out.target == -1,
-                 "an output is about another token");
-            must(out.sampling.seed == s.sampling.seed, "another's sampling");
-            must(out.index == int(s.tokens.size()) - s.prompt_tokens, "the index of an output");
-            results.push_back({next_id(all, window, out.sampling.seed, out.index), 0, 1, {}});
+            const auto window = [&](int p) {
+                return read(local_pool, r, b, std::max(0, p - behind), p);
+            };
+            const auto next_output = [&](int p) -> const Output& {
+                must(results.size() < b.outputs.size(), "an output is missing");
+                const Output& out = b.outputs[results.size()];
+                must(out.token == b.row_start[r] + p - first && out.row == int(r),
+                     "an output is about another token");
+                return out;
+            };
+            const int due = int(job.got.scores.size());
+            for (int p = due; p < due + scored; p++) {
+                const Output& out = next_output(p);
+                must(out.target == s.tokens[size_t(p) + 1], "the target is not the next token");
+                must(out.sampling.logprobs == job.wishes.prompt_logprobs, "other alternatives");
+                must(out.adjustments.empty() && !out.allowed, "a target is not sampled");
+                const float logprob =
+                    logprob_of(out.target, {all.begin(), all.begin() + p + 1}, window(p));
+                results.push_back({out.target, logprob, 1, {}});
+            }
+            if (!output || s.max_tokens == 0) continue;
+            const Output& out = next_output(last);
+            must(out.target == -1 && out.sampling.seed == s.sampling.seed, "another's sampling");
+            must(out.index == int(job.got.ids.size()), "the index of an output");
+            must(carries(out, adjusted(job.wishes, s.tokens, s.prompt_tokens)),
+                 "the adjustments are not the text's");
+            must(out.allowed == (out.index < job.wishes.min_tokens ? s.allowed_before : s.allowed),
+                 "the wrong ids are allowed");
+            const int id = next_id(all, window(last), out.sampling.seed, out.index);
+            results.push_back({id, 0, 1, {}});
         }
         must(results.size() == b.outputs.size(), "an output too many");
         return results;
@@ -342,24 +462,39 @@ class Machine {
 
     void deliver(const Batch& b, const Results& results, const Step& rows) {
         const auto tokens = scheduler.finish(results);
-        must(tokens.size() == b.outputs.size(), "as many tokens as outputs");
-        size_t next = 0;
+        size_t next = 0, result = 0;
+        const auto take = [&](const Job& job, bool of_prompt, const Result& want) {
+            must(next < tokens.size(), "a token is missing");
+            const gemma::Token& token = tokens[next++];
+            must(&job == &job_of(*token.sequence) && token.result.id == want.id &&
+                     token.result.logprob == want.logprob && token.result.rank == want.rank,
+                 "a token for another");
+            must(token.of_prompt == of_prompt, "prompt and text are told apart");
+            return token.finish;
+        };
         for (size_t r = 0; r < rows.size(); r++) {
+            Job& job = *row_jobs[r];
+            const Sequence& s = *job.sequence;
+            for (int n = 0; n < rows[r].scored; n++) {
+                auto& scores = job.got.scores;
+                scores.push_back(results[result].logprob);
+                must(scores.back() == job.expected.scores.at(scores.size() - 1),
+                     "a prompt's logprobs depend on the neighbours");
+                must(take(job, true, results[result++]) == Finish::none, "a prompt ends nothing");
+            }
             if (!rows[r].output) continue;
-            const auto& [sequence, result, finish] = tokens[next];
-            Job& job = job_of(*sequence);
             Ids& ids = job.got.ids;
-            must(&job == row_jobs[r] && result.id == results[next].id, "a token for another");
-            ids.push_back(result.id);
+            if (s.max_tokens > 0) ids.push_back(results[result].id);
             must(ids.size() <= job.expected.ids.size() &&
                      std::equal(ids.begin(), ids.end(), job.expected.ids.begin()),
                  "the text depends on the neighbours");
-            must(sequence->tokens.size() == size_t(sequence->prompt_tokens) + ids.size() &&
-                     sequence->tokens.back() == result.id,
+            must(s.tokens.size() == size_t(s.prompt_tokens) + ids.size() &&
+                     std::equal(ids.begin(), ids.end(), s.tokens.begin() + s.prompt_tokens),
                  "the token is appended");
-            next++;
+            const Finish finish = take(job, false, s.max_tokens > 0 ? results[result++] : Result{});
             if (finish != Finish::none) end(job, finish);
         }
+        must(next == tokens.size() && result == b.outputs.size(), "a token too many");
     }
 
     void check_window() const {
@@ -383,6 +518,7 @@ class Machine {
         job.got.finish = finish;
         if (finish != Finish::abort) {
             must(job.got.ids == job.expected.ids, "the answer is whole");
+            must(job.got.scores == job.expected.scores, "so are the logprobs of the prompt");
             must(finish == job.expected.finish, "the reason of the end");
         }
         must(!holds_pages(job), "pages outlive their sequence");
@@ -396,13 +532,15 @@ class Machine {
 // [3] Scripts -------------------------------------------------------------------------------------
 //
 // One line is one step: "a0..63 b9!" computes positions 0 to 63 of a and 9 of b; after ! stands
-// nothing more to compute, so a token comes out. "a9~20!" are twelve steps of one token each.
+// nothing more to compute, so a token comes out, or a text of none ends. "a9~20!" are twelve steps
+// of one token each. "a0..63+64": 64 logprobs of the prompt come out.
 
 struct Ask {
     int step;  // before which it arrives
     char name;
     Ids prompt;
     int max_tokens;
+    Wishes wishes = {};
 };
 
 struct Cancel {
@@ -419,11 +557,11 @@ struct Script {
 };
 
 bool goes_on(const Step& before, const Step& now) {  // the same rows decode one token further
-    return std::equal(before.begin(), before.end(), now.begin(), now.end(),
-                      [](const Span& a, const Span& b) {
-                          return a.name == b.name && a.first == a.last && b.first == b.last &&
-                                 b.first == a.last + 1 && a.output && b.output;
-                      });
+    return std::equal(
+        before.begin(), before.end(), now.begin(), now.end(), [](const Span& a, const Span& b) {
+            return a.name == b.name && a.first == a.last && b.first == b.last &&
+                   b.first == a.last + 1 && a.output && b.output && a.scored == b.scored;
+        });
 }
 
 std::string line(const Step& from, const Step& to) {
@@ -432,6 +570,7 @@ std::string line(const Step& from, const Step& to) {
         const int first = from[r].first, last = to[r].last;
         s += (r ? " " : "") + std::string(1, from[r].name) + std::to_string(first);
         if (first < last) s += (from[r].last == last ? ".." : "~") + std::to_string(last);
+        if (from[r].scored) s += "+" + std::to_string(from[r].scored);
         if (from[r].output) s += "!";
     }
     return s;
@@ -444,7 +583,9 @@ std::vector<std::string> play(const Script& script) {
     for (int n = 0;; n++) {
         bool more = false;
         for (const Ask& ask : script.asks) {
-            if (ask.step == n) jobs[ask.name] = machine.add(ask.name, ask.prompt, ask.max_tokens);
+            if (ask.step == n)
+                jobs[ask.name] =
+                    machine.add(ask.name, ask.prompt, ask.max_tokens, {}, 0, ask.wishes);
             more |= ask.step > n;
         }
         for (const Cancel& cancel : script.cancels) {
@@ -873,7 +1014,262 @@ TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
     CHECK(scheduler.preemptions() == 0);
 }
 
-// [5] Crowds --------------------------------------------------------------------------------------
+// [5] Logprobs of prompts, penalties, masks -------------------------------------------------------
+
+const Wishes score{.prompt_logprobs = 2};
+
+TEST_CASE("scheduler: the logprobs of a prompt come out as it is computed") {
+    const int W = 64, many = 99;
+    play_all({
+        {"all in one step",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 40), 3, score}},
+         {"a0..39+39!", "a40~41!"}},
+        {"chunk by chunk",
+         {8, 16, W, {many, many}},
+         {{0, 'a', words(1, 40), 2, score}},
+         {"a0..15+16", "a16..31+16", "a32..39+7!", "a40!"}},
+        {"all before the last chunk",
+         {8, 39, W, {many, many}},
+         {{0, 'a', words(1, 40), 3, score}},
+         {"a0..38+39", "a39~41!"}},
+        {"of two tokens it is one, of one token none",
+         {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 2), 2, score}, {0, 'b', words(2, 1), 2, score}},
+         {"a0..1+1! b0!", "a2! b1!"}},
+        {"beside others, those who ask and those who do not",
+         {8, 32, W, {many, many}},
+         {{0, 'a', words(1, 3), 4},
+          {0, 'b', words(2, 50), 3, score},
+          {0, 'c', words(3, 10), 1, score},
+          {0, 'd', words(4, 5), 2}},
+         {"a0..2! b0..28+29", "a3! b29..49+20! c0..9+9!", "a4! b50! d0..4!", "a5! b51! d5!"}},
+    });
+}
+
+TEST_CASE("scheduler: who asks for a prompt's logprobs finds nothing cached until all are out") {
+    const int W = 64, many = 99;
+    const Ids common = words(1, 70);
+    play_all({
+        {"it computes all of it, though others need not",
+         {8, 100, W, {many, many}},
+         {{0, 'a', common, 1}, {1, 'b', common, 2, score}, {3, 'c', common, 1}},
+         {"a0..69!", "b0..69+69!", "b70!", "c64..69!"}},
+        {"others take from the cache what it computed",
+         {8, 100, W, {many, many}},
+         {{0, 'a', common, 0, score}, {1, 'b', common, 1}, {2, 'c', common, 0, score}},
+         {"a0..69+69!", "b64..69!", "c0..69+69!"}},
+        {"preempted when all are out",
+         {8, 200, W, {many, 6}},
+         {{0, 'a', words(1, 40), 60}, {0, 'b', words(2, 40), 60, score}},
+         {"a0..39! b0..39+39!", "a40~95! b40~95!", "a96~98!", "b64..96!", "b97~98!"}},
+    });
+    for (const int max_tokens : {0, 5}) {
+        // a token of each a step, until there is no page for b's 97th
+        Machine machine({8, 2, W, {many, 7}});
+        const auto a = machine.add('a', words(1, 2), 200);
+        const auto b = machine.add('b', words(2, 100), max_tokens, {}, 0, score);
+        while (b->preemptions == 0) machine.step();
+        CHECK(machine.preempted_amid == 1);
+        CHECK(b->got.scores.size() == 96);
+        CHECK(machine.scheduler.use(global_pool).cached == 3);
+        a->sequence->cancelled = true;
+        for (int first = 0; first < 100; first += 2) {
+            const Step step = machine.step();
+            REQUIRE(step.size() == 1);
+            CHECK((step[0].first == first && step[0].last == first + 1));
+            CHECK(step[0].scored == (first < 96 ? 0 : first < 98 ? 2 : 1));
+        }
+        machine.run();
+        CHECK(b->got.finish == Finish::length);
+        CHECK(b->sequence->cached_tokens == 0);
+    }
+}
+
+TEST_CASE("scheduler: each logprob of a prompt comes once, whatever the budget") {
+    for (int budget = 1; budget <= 400; budget += budget < 70 ? 1 : 330) {
+        CAPTURE(budget);
+        Machine machine({8, budget, 40, {99, 14}});
+        for (const int size : {1, 2, 3}) machine.add('o', words(size, size), 120);
+        std::vector<std::shared_ptr<Job>> jobs;
+        for (const int size : {100, 31, 100, 32, 33, 1, 64, 65, 2, 65, 100}) {
+            const int max_tokens = jobs.size() % 3 ? 40 : 0;
+            jobs.push_back(machine.add('a', words(size, size), max_tokens, {}, 0, score));
+        }
+        machine.run();
+        for (const auto& job : jobs) {
+            CHECK(int(job->got.scores.size()) == job->sequence->prompt_tokens - 1);
+            CHECK(job->got.scores == job->expected.scores);
+            CHECK(job->sequence->cached_tokens == 0);
+        }
+    }
+    // The others grow by three pages each, while each step computes one token of the prompt.
+    for (int others = 1; others < 8; others++) {
+        CAPTURE(others);
+        Machine machine({8, others + 1, 40, {99, 5 + 2 * others}});
+        for (int i = 1; i <= others; i++) machine.add('o', words(i, i), 200);
+        const auto a = machine.add('a', words(100, 100), 40, {}, 0, score);
+        machine.run();
+        CHECK(machine.preempted_amid > 0);
+        CHECK(a->got.scores == a->expected.scores);
+    }
+}
+
+TEST_CASE("scheduler: a text of no tokens ends when its prompt is computed") {
+    const int W = 64, many = 99;
+    const auto both = [&](const char* title, const Limits& limits, std::vector<Ask> asks,
+                          const std::vector<std::string>& plain,
+                          const std::vector<std::string>& scored) {
+        play_all({{title, limits, asks, plain}});
+        for (Ask& ask : asks) ask.wishes = score;
+        play_all({{title, limits, asks, scored}});
+    };
+    both("in one step", {8, 100, W, {many, many}}, {{0, 'a', words(1, 40), 0}}, {"a0..39!"},
+         {"a0..39+39!"});
+    both("in three", {8, 16, W, {many, many}}, {{0, 'a', words(1, 40), 0}},
+         {"a0..15", "a16..31", "a32..39!"}, {"a0..15+16", "a16..31+16", "a32..39+7!"});
+    both("of one token", {8, 16, W, {many, many}}, {{0, 'a', words(1, 1), 0}}, {"a0!"}, {"a0!"});
+    both("of all the pages there are", {8, 100, W, {3, 3}}, {{0, 'a', words(1, 96), 0}},
+         {"a0..95!"}, {"a0..95+95!"});
+    both("beside others", {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 3), 2}, {0, 'b', words(2, 40), 0}, {0, 'c', words(3, 4), 2}},
+         {"a0..2! b0..39! c0..3!", "a3! c4!"}, {"a0..2+2! b0..39+39! c0..3+3!", "a3! c4!"});
+    both("from the cache", {8, 100, W, {many, many}},
+         {{0, 'a', words(1, 70), 0}, {1, 'b', words(1, 70), 0}}, {"a0..69!", "b64..69!"},
+         {"a0..69+69!", "b0..69+69!"});
+}
+
+// A scheduler whose one sequence is given the ids of a table.
+struct Dictation {
+    explicit Dictation(const std::shared_ptr<Sequence>& s) {
+        s->prompt_tokens = int(s->tokens.size());
+        scheduler.add(s);
+    }
+    Output next(int id) {  // what the scheduler asks for before it is told `id`
+        const Batch& batch = scheduler.next();
+        REQUIRE(batch.outputs.size() == 1);
+        const Output out = batch.outputs[0];
+        scheduler.finish({{id, 0, 1, {}}});
+        return out;
+    }
+    Scheduler scheduler{{8, 100, 64, {9, 9}}};
+};
+
+TEST_CASE("scheduler: penalties count what was generated, repetition the prompt too") {
+    struct Case {
+        const char* title;
+        float presence, frequency, repetition;
+        std::vector<Adjustment> before;                // as a request sets them
+        std::vector<std::vector<Adjustment>> carried;  // before each of the ids 7, 9, 7, 7
+    };
+    const std::vector<Adjustment> none, bias{{7, -1.5f}, {30, 4}};
+    for (const auto& [title, presence, frequency, repetition, before, carried] : std::vector<Case>{
+             {"neutral", 0, 0, 1, none, {none, none, none, none}},
+             {"neutral beside a bias", 0, 0, 1, bias, {bias, bias, bias, bias}},
+             {"presence",
+              0.5f,
+              0,
+              1,
+              none,
+              {none,
+               {{7, 0, 1, 0.5f}},
+               {{7, 0, 1, 0.5f}, {9, 0, 1, 0.5f}},
+               {{7, 0, 1, 0.5f}, {9, 0, 1, 0.5f}}}},
+             {"frequency",
+              0,
+              0.25f,
+              1,
+              none,
+              {none,
+               {{7, 0, 1, 0.25f}},
+               {{7, 0, 1, 0.25f}, {9, 0, 1, 0.25f}},
+               {{7, 0, 1, 0.5f}, {9, 0, 1, 0.25f}}}},
+             {"both, and negative, beside a bias",
+              -2,
+              0.25f,
+              1,
+              bias,
+              {bias,
+               {{7, -1.5f, 1, -1.75f}, {30, 4}},
+               {{7, -1.5f, 1, -1.75f}, {30, 4}, {9, 0, 1, -1.75f}},
+               {{7, -1.5f, 1, -1.5f}, {30, 4}, {9, 0, 1, -1.75f}}}},
+             {"repetition: 5 and 7 are in the prompt",
+              0,
+              0,
+              1.5f,
+              {{5, 0, 1.5f}, {7, 2, 1.5f}},
+              {{{5, 0, 1.5f}, {7, 2, 1.5f}},
+               {{5, 0, 1.5f}, {7, 2, 1.5f}},
+               {{5, 0, 1.5f}, {7, 2, 1.5f}, {9, 0, 1.5f}},
+               {{5, 0, 1.5f}, {7, 2, 1.5f}, {9, 0, 1.5f}}}},
+             {"repetition of what only a bias knew",
+              1,
+              0,
+              0.75f,
+              {{5, 0, 0.75f}, {7, 0, 0.75f}, {9, 8}},
+              {{{5, 0, 0.75f}, {7, 0, 0.75f}, {9, 8}},
+               {{5, 0, 0.75f}, {7, 0, 0.75f, 1}, {9, 8}},
+               {{5, 0, 0.75f}, {7, 0, 0.75f, 1}, {9, 8, 0.75f, 1}},
+               {{5, 0, 0.75f}, {7, 0, 0.75f, 1}, {9, 8, 0.75f, 1}}}},
+         }) {
+        auto s = std::make_shared<Sequence>();
+        s->tokens = {5, 7}, s->max_tokens = 9;
+        s->presence = presence, s->frequency = frequency, s->repetition = repetition;
+        s->adjustments = before;
+        Dictation dictation(s);
+        const int ids[] = {7, 9, 7, 7};
+        for (size_t i = 0; i < 4; i++) {
+            INFO(title << ", token " << i);
+            const auto got = dictation.next(ids[i]).adjustments;
+            REQUIRE(got.size() == carried[i].size());
+            for (size_t a = 0; a < got.size(); a++) {
+                INFO("id " << got[a].id);
+                CHECK(got[a].id == carried[i][a].id);
+                CHECK(got[a].bias == carried[i][a].bias);
+                CHECK(got[a].repetition == carried[i][a].repetition);
+                CHECK(got[a].penalty == carried[i][a].penalty);
+            }
+        }
+    }
+}
+
+TEST_CASE("scheduler: until min_tokens are generated other ids are allowed") {
+    const auto before = std::make_shared<const std::vector<uint32_t>>(1, 1u << 9),
+               after = std::make_shared<const std::vector<uint32_t>>(1, ~0u);
+    for (const int prompt : {1, 40}) {
+        for (const int min_tokens : {0, 1, 3, 5}) {
+            for (const auto& allowed : {after, {}}) {  // {}: all
+                CAPTURE(prompt, min_tokens);
+                auto s = std::make_shared<Sequence>();
+                s->tokens = words(1, prompt), s->max_tokens = 5;
+                s->min_tokens = min_tokens, s->allowed_before = before, s->allowed = allowed;
+                Dictation dictation(s);
+                for (int made = 0; made < 5; made++)
+                    CHECK(dictation.next(9).allowed == (made < min_tokens ? before : allowed));
+            }
+        }
+    }
+}
+
+TEST_CASE("scheduler: a sequence has started when it was first in a step") {
+    Machine machine({2, 200, 64, {99, 6}});
+    const auto a = machine.add('a', words(1, 40), 60), b = machine.add('b', words(2, 40), 60),
+               c = machine.add('c', words(3, 5), 1);
+    for (int n = 0; n < 20; n++) machine.step();
+    const double noon = machine.now;
+    machine.run();
+    CHECK(a->sequence->started == 0.5);
+    CHECK(b->sequence->started == 0.5);
+    CHECK(b->sequence->preemptions == 1);
+    CHECK(c->sequence->started > noon);
+    machine.now = 1000;
+    const auto d = machine.add('d', words(4, 40), 60), e = machine.add('e', words(5, 40), 60);
+    machine.run();
+    CHECK(d->sequence->started == 1000.5);
+    CHECK((e->sequence->preemptions == 1 && e->sequence->started == 1000.5));
+}
+
+// [6] Crowds --------------------------------------------------------------------------------------
 
 TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") {
     for (const int window : {5, 40, 64, 999}) {
@@ -882,8 +1278,15 @@ TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") 
             // 12 sequences of 128 tokens: 48 global pages, and up to 48 local ones.
             Machine machine({12, budget, window, {12, 12}});
             std::vector<std::shared_ptr<Job>> jobs;
-            for (int i = 0; i < 12; i++)
-                jobs.push_back(machine.add('a', words(i, 20 + i), 108 - i, {}, uint64_t(i)));
+            for (int i = 0; i < 12; i++) {
+                Wishes wishes;
+                if (i % 2) wishes = score;
+                if (i % 3) wishes.presence = 0.5f, wishes.frequency = -0.25f;
+                if (i % 4 == 3) wishes.repetition = 1.25f, wishes.bias = {{i, 1}, {i + 9, -8}};
+                if (i % 5 == 4) wishes.min_tokens = 50, wishes.mask = i % 2;
+                jobs.push_back(
+                    machine.add('a', words(i, 20 + i), 108 - i, {}, uint64_t(i), wishes));
+            }
             machine.run();
             for (const auto& job : jobs) CHECK(job->got.ids == job->expected.ids);
             CHECK(machine.scheduler.preemptions() > 0);
@@ -915,7 +1318,7 @@ TEST_CASE("scheduler: nobody starves behind a stream of short ones") {
 }
 
 TEST_CASE("scheduler: chance finds what tables do not") {
-    int preemptions = 0, shared = 0, cancelled = 0;
+    int preemptions = 0, shared = 0, cancelled = 0, scored = 0;
     for (unsigned seed = 1; seed <= 24; seed++) {
         CAPTURE(seed);
         std::mt19937 random(seed);
@@ -935,25 +1338,38 @@ TEST_CASE("scheduler: chance finds what tables do not") {
                 const Ids prompt = words(pick(1, 3), pick(0, 1) * pick(0, longest / 2)) +
                                    words(pick(4, 2000), pick(1, 33));
                 const int room = longest - int(prompt.size());
-                machine.add('?', prompt, pick(0, 1) ? room : pick(1, room),
-                            pick(0, 3) ? Ids{} : Ids{pick(0, 49)}, uint64_t(pick(0, 9)));
+                Wishes wishes;
+                if (pick(0, 3) == 0) wishes.prompt_logprobs = pick(0, 20);
+                if (pick(0, 3) == 0) wishes.presence = 0.25f * float(pick(-8, 8));
+                if (pick(0, 3) == 0) wishes.frequency = 0.25f * float(pick(-8, 8));
+                if (pick(0, 3) == 0) wishes.repetition = 0.25f * float(pick(1, 8));
+                for (int n = pick(0, 3); n > 1; n--) wishes.bias[pick(0, 49)] = float(pick(-9, 9));
+                wishes.mask = pick(0, 3) == 0;
+                if (pick(0, 3) == 0) wishes.min_tokens = pick(1, room);
+                const int most = pick(0, 1) ? room : pick(1, room);
+                machine.add('?', prompt, pick(0, 15) ? most : 0,
+                            pick(0, 3) ? Ids{} : Ids{pick(0, 49)}, uint64_t(pick(0, 9)), wishes);
                 to_come--;
             }
             for (const auto& job : machine.live) {
                 if (pick(0, 3000) > 0) continue;
                 cancelled += !job->sequence->cancelled.exchange(true);
             }
-            for (const Span& row : machine.step())
+            for (const Span& row : machine.step()) {
                 shared += row.first >= page_tokens && row.last > row.first;
+                scored += row.scored;
+            }
         }
         machine.run();
         preemptions += machine.scheduler.preemptions();
     }
-    std::printf("960 sequences: %d preemptions, %d prompts continued, %d cancels\n", preemptions,
-                shared, cancelled);
+    std::printf(
+        "960 sequences: %d preemptions, %d prompts continued, %d cancels, %d logprobs of prompts\n",
+        preemptions, shared, cancelled, scored);
     CHECK(preemptions > 50);
     CHECK(shared > 100);
     CHECK(cancelled > 20);
+    CHECK(scored > 5000);
 }
 
 }  // namespace
