@@ -440,7 +440,7 @@ class Service {
     // What is given must outlive the service.
     void open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
               std::unique_ptr<Model> model, const Limits& limits, int max_model_len);
-    void leave();                                  // nobody new from here on: 503
+    bool leave();                                  // nobody new from here on: 503. Was it open?
     bool drained(std::chrono::milliseconds wait);  // is no request inside any more?
     bool rests(std::chrono::milliseconds wait);    // open, and its engine amid no step?
     void cut();                                    // who is inside ends now, with what it has

@@ -252,11 +252,10 @@ int serve(const Options& options) {
     Service service(options);
     HttpServer http(options.host, int(options.port), service.routes(), options.api_key);
     say(text("listening on http://%s:%d", options.host.c_str(), http.port));
-    std::atomic<bool> ready = false, failed = false;
+    std::atomic<bool> failed = false;
     std::thread loading([&] {
         try {
             load(loaded, options, service);
-            ready = true;
         } catch (const std::exception& e) {
             say(std::string("error: ") + e.what());
             failed = true;
@@ -267,14 +266,14 @@ int serve(const Options& options) {
     sigwait(&signals, &signal);
     for (const int again : {SIGTERM, SIGINT}) std::signal(again, [](int) { std::_Exit(1); });
     pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-    service.leave();
-    if (ready) say("shutting down: what runs has 8 s to end");
-    if (ready && !service.drained(to_end)) {
+    const bool open = service.leave();
+    if (open) say("shutting down: what runs has 8 s to end");
+    if (open && !service.drained(to_end)) {
         service.cut();
         service.drained(to_cut);
     }
     // Threads that are still at work must not see their ground taken away.
-    if (!http.stop() || !ready || !service.rests(to_cut)) std::_Exit(failed);
+    if (!http.stop() || !open || !service.rests(to_cut)) std::_Exit(failed);
     loading.join();
     return failed;
 }

@@ -1510,8 +1510,8 @@ void Service::open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
     app->change([&] { app->ready = true; });
 }
 
-void Service::leave() {
-    app->change([&] { app->leaving = true; });
+bool Service::leave() {
+    return app->change([&] { return app->leaving = true, app->ready; });
 }
 
 bool Service::drained(std::chrono::milliseconds wait) {
