@@ -133,7 +133,7 @@ thread_local Connection* Connection::here = nullptr;
 
 // [2] Crowd ---------------------------------------------------------------------------------------
 
-// A thread for each connection, made when it comes: 16 KB for one that idles, and none waits for
+// A thread for each connection, made when it comes: 30 KB for one that idles, and none waits for
 // another's. The library's loop hands over a function that serves one connection.
 struct Crowd {
     std::mutex mutex;

@@ -597,7 +597,7 @@ struct Service::App {
     std::mt19937_64 seeds, ids{std::random_device{}()};
     // any thread
     std::atomic<bool> cut{false};  // what still runs ends now, with what it has
-    std::mutex large;              // a text of 4 MiB takes SentencePiece 500 MB: one at a time
+    std::mutex large;              // SentencePiece takes up to 800 MB for 4 MiB: one at a time
 
     explicit App(const Options& o) : options(o), seeds(uint64_t(o.seed)) {}
     auto change(auto&& how) {
@@ -839,7 +839,7 @@ void parse_messages(const App& app, const json& body, Request& r) try {
 void check_model(const App& app, const std::string& model) {
     const auto& names = app.options.served_model_name;
     if (model.empty() || std::count(names.begin(), names.end(), model)) return;
-    throw Refusal{404, "The model `" + model.substr(0, 200) + "` does not exist.", "model"};
+    throw Refusal{404, "The model `" + model.substr(0, 100) + "` does not exist.", "model"};
 }
 
 // In vLLM's words, which clients search for.
@@ -1086,7 +1086,6 @@ class Answer {
     void begin(Choice& c, size_t prompt) {
         const auto& ids = request.prompts[prompt];
         c.prompt_size = int(ids.size());
-        if (!request.echo && request.prompt_logprobs < 0) return;
         if (request.echo) c.text = request.echoed[prompt];
         if (request.prompt_logprobs >= 0) c.prompt_logprobs = "null";
         if (!request.echo || request.chat || request.logprobs < 0) return;
@@ -1181,10 +1180,10 @@ class Answer {
 
     std::string token_name(int token) const {  // its text; a control token's own spelling
         const std::string s = app.tokenizer->decode({token});
-        return quote(s.empty() ? std::string(app.tokenizer->name(token)) : s);
+        return s.empty() ? std::string(app.tokenizer->name(token)) : s;
     }
     std::string token_text(int token) const {
-        return request.tokens_as_ids ? quote(text("token_id:%d", token)) : token_name(token);
+        return request.tokens_as_ids ? text("token_id:%d", token) : token_name(token);
     }
 
     static std::string number(float logprob) {  // floored as vLLM's: JSON has no -inf
@@ -1199,7 +1198,7 @@ class Answer {
     std::string ranked(const Result& r) const {
         const auto entry = [&](int token, float logprob, int rank) {
             return text(R"("%d":{"logprob":%s,"rank":%d,"decoded_token":%s})", token,
-                        number(logprob).c_str(), rank, token_name(token).c_str());
+                        number(logprob).c_str(), rank, quote(token_name(token)).c_str());
         };
         std::string list = entry(r.id, r.logprob, r.rank);
         for (size_t i = 0; i < r.top.size(); i++) {
@@ -1214,8 +1213,8 @@ class Answer {
         if (request.chat) {
             const auto entry = [&](int token, float logprob) {
                 const auto raw = app.tokenizer->bytes(token);
-                return text(R"({"token":%s,"logprob":%s,"bytes":%s)", token_text(token).c_str(),
-                            number(logprob).c_str(),
+                return text(R"({"token":%s,"logprob":%s,"bytes":%s)",
+                            quote(token_text(token)).c_str(), number(logprob).c_str(),
                             quote(std::vector<uint8_t>(raw.begin(), raw.end())).c_str());
             };
             for (const auto& t : r.top) append(top, entry(t.id, t.logprob) + "}");
@@ -1223,12 +1222,12 @@ class Answer {
                           entry(r.id, r.logprob) + R"(,"top_logprobs":[)" + top + "]}");
         }
         std::vector<std::string> names{token_text(r.id)};
-        append(top, names[0] + ":" + number(r.logprob));
+        append(top, quote(names[0]) + ":" + number(r.logprob));
         for (const auto& t : r.top) {
             const std::string name = token_text(t.id);
             if (std::count(names.begin(), names.end(), name)) continue;  // it, or one of its text
             names.push_back(name);
-            append(top, name + ":" + number(t.logprob));
+            append(top, quote(name) + ":" + number(t.logprob));
         }
         add_token(c, names[0], number(r.logprob), "{" + top + "}");
     }
@@ -1237,11 +1236,10 @@ class Answer {
                           const std::string& top) {
         append(c.logprobs[0], std::to_string(c.offset));
         append(c.logprobs[1], logprob);
-        append(c.logprobs[2], name);
+        append(c.logprobs[2], quote(name));
         append(c.logprobs[3], top);
-        const std::string plain = json::parse(name).get<std::string>();
         c.offset += size_t(
-            std::count_if(plain.begin(), plain.end(), [](char b) { return (b & 0xc0) != 0x80; }));
+            std::count_if(name.begin(), name.end(), [](char b) { return (b & 0xc0) != 0x80; }));
     }
 
     // What has come since the last call.
