@@ -364,6 +364,14 @@ class Codelab(unittest.TestCase):
                 self.assertTrue(re.search(rf"(?m)^# +\./dev {command}\b", usage),
                                 f"dev's help has no ./dev {command}")
 
+    def test_fields_of_the_log(self):
+        log = (ROOT / "log.cpp").read_text(encoding="utf-8")
+        for page in self.each_page():
+            fields = set(re.findall(r"jsonPayload\.(\w+)", page.text))
+            self.assertGreater(len(fields), 5)
+            for field in fields:
+                self.assertTrue(f'"{field}"' in log, f"log.cpp does not write {field}")
+
     # gcloud --------------------------------------------------------------------------------------
 
     def test_gcloud_accepts(self):
