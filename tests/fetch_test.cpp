@@ -151,16 +151,18 @@ struct Result {
 
 // A hub with one model, and an empty cache.
 struct World {
-    Directory model, cache;
+    Directory model, cache, tools;
     Hub hub{{{name, model.path}}, secret};
     std::map<std::string, std::string> variables{
-        {"PATH", std::getenv("PATH") ? std::getenv("PATH") : "/usr/bin:/bin"},
+        {"PATH",
+         tools.path.string() + ":" + (std::getenv("PATH") ? std::getenv("PATH") : "/usr/bin:/bin")},
         {"HOME", cache.path.string()},
         {"HF_HOME", (cache.path / "hf").string()},
         {"HF_ENDPOINT", hub.address()},
         {"HF_TOKEN", secret}};
 
     World() {
+        fake("sleep", "");  // nobody gets better here by being left alone
         model.write("config.json", R"({"model_type": "gemma3_text"})");
         model.write("generation_config.json", R"({"top_k": 64})");
         model.write("tokenizer_config.json", "{}");
@@ -168,6 +170,11 @@ struct World {
         model.write("model.safetensors", random_bytes(large, 2));
     }
 
+    // A program that the script finds instead of the right one.
+    void fake(const std::string& program, const std::string& commands) const {
+        tools.write(program, "#!/bin/sh\n" + commands + "\n");
+        fs::permissions(tools.path / program, fs::perms(0755));
+    }
     fs::path folder() const { return cache.path / "hf/hub/models--org--some-model"; }
     fs::path snapshot() { return folder() / "snapshots" / hub.commit(name); }
     std::string etag(const std::string& file) { return hub.etag(model.path / file); }
@@ -496,6 +503,24 @@ TEST_CASE("a download that broke off goes on where it was") {
         check_success(r, world);
         CHECK(has(r.err, "starts again"));
     }
+    SECTION("while the hub is out of order for a moment") {
+        world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
+        const auto p = world.start();
+        REQUIRE(world.hub.wait_for_hold());
+        world.hub.change([](Hub::Faults& f) {
+            f.hold = 0, f.breaks = {400'000}, f.hub = {503, "", "on fire", "", 3};
+        });
+        check_success(World::end_of(*p), world);
+    }
+    SECTION("but not once the hub refuses") {
+        world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
+        const auto p = world.start();
+        REQUIRE(world.hub.wait_for_hold());
+        world.hub.change([](Hub::Faults& f) {
+            f.hold = 0, f.breaks = {400'000}, f.hub = {403, "GatedRepo", "no more"};
+        });
+        check_error(World::end_of(*p), {"accept its terms", "no more"});
+    }
     SECTION("an address that has expired is asked for again") {
         world.hub.change([](Hub::Faults& f) { f.cdn = {403, "", "expired", "", 1}; });
         check_success(world.run(), world);
@@ -683,11 +708,8 @@ TEST_CASE("no network") {
 
 TEST_CASE("no space") {
     World world;
-    const Directory tools;
     const auto fake_df = [&](const std::string& free) {
-        tools.write("df", "#!/bin/sh\nprintf 'Avail\\n" + free + "\\n'\n");
-        fs::permissions(tools.path / "df", fs::perms(0755));
-        world.variables["PATH"] = tools.path.string() + ":" + world.variables["PATH"];
+        world.fake("df", "printf 'Avail\\n" + free + "\\n'");
     };
     SECTION("is seen before the download") {
         fake_df("1004999");  // 30 bytes and more too few: of the other files
