@@ -77,6 +77,7 @@ RUN --mount=type=secret,id=hf_token set -eu; \
     export HF_HOME=/weights/model-cache; \
     mkdir -p "$HF_HOME/hub"; \
     [ -z "${MODEL_NAME}" ] || bash /tools/fetch "${MODEL_NAME}" --revision "${MODEL_REVISION}"; \
+    rm -rf "$HF_HOME/hub/.locks"; \
     chmod -R a+rX /weights; \
     find /weights -exec touch -h -d @0 '{}' +
 
