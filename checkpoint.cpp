@@ -346,7 +346,8 @@ void page_in(const File& file) {
         const auto now = std::chrono::steady_clock::now();
         if (now - told < std::chrono::seconds(1)) continue;
         told = now;
-        say(text("  %s: %.2f of %.2f GB", file.path.c_str(), at / 1e9, file.bytes.size() / 1e9));
+        say_step(
+            text("  %s: %.2f of %.2f GB", file.path.c_str(), at / 1e9, file.bytes.size() / 1e9));
     }
 }
 
@@ -449,14 +450,17 @@ Checkpoint::Checkpoint(const std::string& directory)
             weights.layers[i].*part.member = take(text("layers.%zu.", i) + part.name, part.shape);
     for (const auto& [name, t] : files->tensors) refuse(t.where, "it", "only the config's tensors");
 
-    say(text("loading %s: %zu tensors, %.2f GB of bf16", directory.c_str(), count, bytes / 1e9));
+    say_step(
+        text("mapped %s: %zu tensors, %.2f GB of bf16", directory.c_str(), count, bytes / 1e9));
     if (files->skipped)
-        say(text("  not used, for text: %.2f GB of vision_tower, multi_modal_projector or lm_head",
+        say_step(
+            text("  not used, for text: %.2f GB of vision_tower, multi_modal_projector or lm_head",
                  files->skipped / 1e9));
     uint64_t before = 0;
     for (const auto& [t, to] : files->converted) before += t.data.size();
     if (before)
-        say(text("  converted to bf16: %zu tensors, %.2f GB of F32, F16 or unaligned BF16",
+        say_step(
+            text("  to be converted to bf16: %zu tensors, %.2f GB of F32, F16 or unaligned BF16",
                  files->converted.size(), before / 1e9));
     files->load();
 }

@@ -2084,10 +2084,14 @@ std::unique_ptr<Model> open_cuda(const Checkpoint& checkpoint, const CudaOptions
     CUDA(cudaDriverGetVersion(&driver));
     CUDA(cudaRuntimeGetVersion(&runtime));
     CUDA(cudaGetDeviceProperties(&gpu, 0));
-    say(text("GPU: %s, compute capability %d.%d, %.1f GB; CUDA driver %s, runtime %s", gpu.name,
-             gpu.major, gpu.minor, double(gpu.totalGlobalMem) / 1e9, version(driver).c_str(),
-             version(runtime).c_str()));
-    return std::make_unique<CudaModel>(checkpoint, options);
+    say_step(
+        text("CUDA context: %s, compute capability %d.%d, %.1f GB; driver for CUDA %s, "
+             "runtime %s",
+             gpu.name, gpu.major, gpu.minor, double(gpu.totalGlobalMem) / 1e9,
+             version(driver).c_str(), version(runtime).c_str()));
+    auto model = std::make_unique<CudaModel>(checkpoint, options);
+    say_step(text("uploaded: %.2f GB of weights", double(checkpoint.bytes) / 1e9));
+    return model;
 }
 
 }  // namespace gemma

@@ -16,9 +16,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdarg>
 #include <cstdint>
-#include <cstdio>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -31,6 +29,8 @@
 
 #include <nlohmann/json_fwd.hpp>
 
+#include "log.h"
+
 namespace gemma {
 
 // [1] Small things -------------------------------------------------------------------------------
@@ -40,20 +40,6 @@ namespace gemma {
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
-
-[[gnu::format(printf, 1, 2)]] inline std::string text(const char* format, ...) {
-    va_list args, again;
-    va_start(args, format);
-    va_copy(again, args);
-    std::string s(static_cast<size_t>(std::vsnprintf(nullptr, 0, format, args)), '\0');
-    std::vsnprintf(s.data(), s.size() + 1, format, again);
-    va_end(again);
-    va_end(args);
-    return s;
-}
-
-// The log: one line on stderr, whole, from any thread.
-inline void say(const std::string& line) { std::fputs((line + "\n").c_str(), stderr); }
 
 struct bf16 {
     uint16_t bits;  // the upper half of a float
@@ -342,7 +328,9 @@ struct Refusal {
 };
 
 struct HttpRequest {
-    std::string path, body, id;  // id: the header X-Request-Id
+    std::string path, body;
+    std::string id;     // the header X-Request-Id
+    std::string trace;  // the header X-Cloud-Trace-Context, else traceparent
 };
 
 struct HttpReply {
@@ -423,10 +411,11 @@ inline double seconds() {
 struct Options {
     std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
     std::vector<std::string> served_model_name, api_key;
-    int64_t port = 8000, max_num_seqs = 256, max_queue = 1024, seed = 0;
-    int64_t max_model_len = -1, max_num_batched_tokens = -1, pages = -1;  // -1: not given
+    int64_t port = 8000, max_queue = 1024, seed = 0;
+    int64_t max_model_len = -1, max_num_seqs = -1, max_num_batched_tokens = -1;  // -1: not given
+    int64_t pages = -1;                                                          // the same
     double gpu_memory_utilization = -1;
-    bool prompt_tokens_details = false;
+    bool prompt_tokens_details = false, disable_log_requests = false;
     int64_t block_size = page_tokens;  // this and the next: read, and without effect
     bool load_tracking = true;
 };

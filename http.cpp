@@ -355,7 +355,7 @@ struct HttpServer::Library : httplib::Server {
             try {
                 ok = process(*this, connection, closed, head);
             } catch (const std::exception& e) {  // out of memory, say: it would end the process
-                say(std::string("error: a connection ended with ") + e.what());
+                say(std::string("a connection ended with ") + e.what(), Severity::error);
             }
         }
         const std::lock_guard lock(crowd->mutex);
@@ -379,7 +379,7 @@ struct HttpServer::Library : httplib::Server {
         } catch (const Refusal& r) {
             refuse_with(res, r);
         } catch (const std::exception& e) {
-            say(std::string("error: a request ended with ") + e.what());
+            say(std::string("a request ended with ") + e.what(), Severity::error);
             refuse_with(res, {500, "internal error", ""});
         }
         return false;
@@ -453,8 +453,11 @@ struct HttpServer::Library : httplib::Server {
 
     void answer(const httplib::Request& req, httplib::Response& res, std::string body) const {
         const Route* route = find(req.method == "HEAD" ? "GET" : req.method, req.path);
+        const char* trace =
+            req.has_header("X-Cloud-Trace-Context") ? "X-Cloud-Trace-Context" : "traceparent";
         HttpReply reply =
-            route->answer({req.path, std::move(body), req.get_header_value("X-Request-Id")});
+            route->answer({req.path, std::move(body), req.get_header_value("X-Request-Id"),
+                           req.get_header_value(trace)});
         res.status = 200;
         if (!reply.more) return res.set_content(reply.body, reply.type.c_str());
         res.set_chunked_content_provider(
@@ -464,7 +467,7 @@ struct HttpServer::Library : httplib::Server {
                 try {
                     goes_on = more(out);
                 } catch (const std::exception& e) {  // it would end the process
-                    say(std::string("error: an answer ended with ") + e.what());
+                    say(std::string("an answer ended with ") + e.what(), Severity::error);
                     return false;
                 }
                 if (!sink.is_writable()) return false;  // a write is the last to hear of a FIN
@@ -497,7 +500,7 @@ HttpServer::HttpServer(const std::string& host, int wanted, std::vector<Route> r
         library->listen_after_bind();
         const std::lock_guard lock(library->crowd->mutex);
         if (library->crowd->closed) return;
-        say("error: no connection can be accepted any more");  // out of memory, say
+        say("no connection can be accepted any more", Severity::error);  // out of memory, say
         std::_Exit(1);
     });
     while (!library->is_running()) std::this_thread::yield();  // stop() would not reach it before

@@ -11,21 +11,26 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <future>
 #include <optional>
 
 #include <sys/resource.h>
 #include <unistd.h>
+
+#include <httplib.h>
 
 #include "fields.h"
 #include "gemma.h"
 
 namespace gemma {
 
+extern const char* const build_name;  // CMakeLists.txt writes it: "0.1.0 (commit 231a576)"
+
 // [1] Flags ---------------------------------------------------------------------------------------
 
 const std::vector<Field<Options>> flags{
     {"model", &Options::model, 0, 0,
-     "directory, or a name in the Hugging Face cache (google/gemma-3-1b-it)"},
+     "directory, or a name in the Hugging Face cache ($MODEL_NAME, or google/gemma-3-1b-it)"},
     {"served-model-name", &Options::served_model_name, 0, 100, "what requests may call it (model)"},
     {"host", &Options::host, 0, 0, "address to listen on (0.0.0.0)"},
     {"port", &Options::port, 0, 65535, "port to listen on, 0: any free one ($PORT, or 8000)"},
@@ -48,6 +53,8 @@ const std::vector<Field<Options>> flags{
      "usage says how many tokens of a prompt were cached"},
     {"enable-server-load-tracking", &Options::load_tracking, 0, 0,
      "accepted without effect: /load always counts"},
+    {"disable-log-requests", &Options::disable_log_requests, 0, 0,
+     "no line in the log for each generation"},
     {"block-size", &Options::block_size, 1, 1024,
      "accepted without effect: a page holds 32 tokens"},
 };
@@ -55,42 +62,54 @@ const std::vector<Field<Options>> flags{
 std::string help() {
     std::string s =
         "gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...\n\n"
-        "Serves Gemma 3 over the OpenAI API. The flags are vLLM's, with - or _:\n\n";
+        "Serves Gemma 3 over the OpenAI API. The flags are named as vLLM's, with - or _; of\n"
+        "vLLM's flags there are these:\n\n";
     for (const auto& f : flags) s += text("  --%-30s%s\n", f.name, f.help);
     return s +
            "\nThe cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and "
            "SIGINT\n"
-           "let what runs end, for 8 s.\n";
+           "let what runs end, for 8 s. 8k is 8000 and 8K is 8192. --check loads and checks the "
+           "flags\nand the model's name, and does not serve; --version prints the version.\n";
 }
 
-void set_flag(Options& options, const std::string& name, std::vector<std::string> values) {
-    for (const auto& f : flags) {
-        if (name != f.name) continue;
-        const bool list = std::holds_alternative<std::vector<std::string> Options::*>(f.member);
-        const bool plain = std::holds_alternative<bool Options::*>(f.member);
-        if (plain && values.empty()) values = {"true"};
-        if (std::count(values.begin(), values.end(), ""))
-            refuse("", "--%s: a value is empty", f.name);
-        if (values.empty() || (values.size() > 1 && !list))
-            refuse(f.name, "--%s needs one value", f.name);
-        if (std::string_view(f.help).starts_with("accepted")) say("--" + name + ": " + f.help);
-        json value = list ? json(values) : json(values[0]);
-        // As vLLM reads it, 25.6k is 25600 and 1K is 1024.
-        const double unit = values[0].ends_with('k') ? 1000 : values[0].ends_with('K') ? 1024 : 0;
-        const double number = as_number(values[0].substr(0, values[0].size() - 1)) * unit;
-        if (name == "max-model-len" && number > 0) value = number;
-        return assign(options, f, value);
-    }
+const Field<Options>& find_flag(const std::string& name) {
     std::string known;
-    for (const auto& f : flags) known += std::string(" --") + f.name;
+    for (const auto& f : flags) {
+        if (name == f.name) return f;
+        known += std::string(" --") + f.name;
+    }
     refuse("", "--%s is not a flag; there are%s", name.c_str(), known.c_str());
 }
 
-Options parse_flags(const std::vector<std::string>& args) try {
-    Options options;
+bool is_list(const Field<Options>& f) {
+    return std::holds_alternative<std::vector<std::string> Options::*>(f.member);
+}
+bool is_switch(const Field<Options>& f) {
+    return std::holds_alternative<bool Options::*>(f.member);
+}
+
+// As vLLM reads a length, 25.6k is 25600 and 1K is 1024.
+json read_length(const Field<Options>& f, const std::string& value) {
+    const double unit = value.ends_with('k') ? 1000 : value.ends_with('K') ? 1024 : 0;
+    const double number = as_number(value.substr(0, value.size() - 1)) * unit;
+    return number >= f.low && number <= f.high ? json(number) : json(value);
+}
+
+void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
+    const auto& f = find_flag(name);
+    if (std::count(values.begin(), values.end(), "")) refuse("", "--%s: a value is empty", f.name);
+    if (values.empty() && is_switch(f)) return assign(options, f, true);
+    if (values.empty()) refuse(f.name, "--%s needs a value", f.name);
+    if (std::string_view(f.help).starts_with("accepted")) say("--" + name + ": " + f.help);
+    if (is_list(f)) return assign(options, f, values);
+    assign(options, f, name == "max-model-len" ? read_length(f, values[0]) : json(values[0]));
+}
+
+// Flags from the environment, which flags of the command line overrule.
+void set_from_environment(Options& options) {
     for (const auto& [variable, flag] :
-         {std::pair("PORT", "port"), std::pair("MAX_MODEL_LEN", "max-model-len"),
-          std::pair("VLLM_API_KEY", "api-key")}) {
+         {std::pair("PORT", "port"), std::pair("MODEL_NAME", "model"),
+          std::pair("MAX_MODEL_LEN", "max-model-len"), std::pair("VLLM_API_KEY", "api-key")}) {
         const char* value = std::getenv(variable);
         if (!value || !*value) continue;
         try {
@@ -100,20 +119,41 @@ Options parse_flags(const std::vector<std::string>& args) try {
             throw;
         }
     }
+}
+
+// [MODEL] and flags in any order. A flag takes the next word; a list takes all up to the next flag,
+// as vLLM's does, so MODEL cannot stand behind a list.
+Options parse_flags(const std::vector<std::string>& args) try {
+    Options options;
+    set_from_environment(options);
+    bool has_model = false;
     for (size_t i = 0; i < args.size(); i++) {
-        const bool flag = args[i].starts_with("--");
-        if (!flag && i > 0) refuse("", "unexpected argument %s", args[i].c_str());
-        const size_t equals = flag ? std::min(args[i].find('='), args[i].size()) : 0;
-        std::string name = flag ? args[i].substr(2, equals - 2) : "model";
+        const std::string& arg = args[i];
+        if (!arg.starts_with('-')) {
+            if (has_model)
+                refuse("", "unexpected argument %s: the model is %s", arg.c_str(),
+                       options.model.c_str());
+            set_flag(options, "model", {arg});
+            has_model = true;
+            continue;
+        }
+        if (!arg.starts_with("--"))
+            refuse("", "%s is not a flag: flags begin with --, as --port", arg.c_str());
+        const size_t equals = std::min(arg.find('='), arg.size());
+        std::string name = arg.substr(2, equals - 2);
         std::replace(name.begin(), name.end(), '_', '-');
+        const auto& f = find_flag(name);
         std::vector<std::string> values;
-        if (!flag) values = {args[i]};
-        if (flag && equals < args[i].size()) values = {args[i].substr(equals + 1)};
-        const bool more = flag && values.empty();  // they follow, up to the next flag
-        while (more && i + 1 < args.size() && !args[i + 1].starts_with("--")) {
-            values.push_back(args[++i]);
+        if (equals < arg.size()) {
+            values = {arg.substr(equals + 1)};
+        } else if (is_list(f)) {
+            while (i + 1 < args.size() && !args[i + 1].starts_with('-'))
+                values.push_back(args[++i]);
+        } else if (!is_switch(f) && i + 1 < args.size() && !args[i + 1].starts_with("--")) {
+            values = {args[++i]};
         }
         set_flag(options, name, values);
+        has_model |= name == "model";
     }
     if (options.served_model_name.empty()) options.served_model_name = {options.model};
     if (options.device != "auto" && options.device != "cuda" && options.device != "cpu")
@@ -143,11 +183,14 @@ Plan plan_memory(const Config& c, const Options& o, const KvMemory& memory) {
     if (o.pages > 0) room = o.pages >= window ? o.pages : 0;
     const int64_t asked = o.max_model_len > 0 ? o.max_model_len : c.max_positions;
     const int64_t length = std::min({asked, int64_t(c.max_positions), room * page_tokens});
+    if (o.max_model_len > c.max_positions)
+        throw Error(text("max_model_len %ld does not fit: the model has %d positions", long(asked),
+                         c.max_positions));
     if (length == 0 || (o.max_model_len > 0 && length < asked)) {
         throw Error(
-            text("max_model_len %ld does not fit: the model has %d positions, and of %ld pages "
-                 "(%.2f GB) that one sequence needs there is room for %ld (%.2f GB)",
-                 long(asked), c.max_positions, long(pages_for(asked)),
+            text("max_model_len %ld does not fit: one sequence needs %ld pages (%.2f GB), and "
+                 "there is room for %ld (%.2f GB)",
+                 long(asked), long(pages_for(asked)),
                  double(pages_for(asked) * global_bytes + (window + step) * local_bytes) / 1e9,
                  long(room), double(budget) / 1e9));
     }
@@ -170,24 +213,38 @@ Plan plan_memory(const Config& c, const Options& o, const KvMemory& memory) {
 
 // [3] Start ---------------------------------------------------------------------------------------
 
+int threads() { return int(std::max(1u, std::thread::hardware_concurrency())); }
+
+#if defined(__AVX512F__)
+constexpr const char* instructions = "AVX-512";
+#elif defined(__AVX2__)
+constexpr const char* instructions = "AVX2";
+#else
+constexpr const char* instructions = "a processor without AVX2: it is slow";
+#endif
+
 // The engine that --device asks for, and the defaults that depend on it. Not before
 // SIGTERM is blocked: the GPU's driver starts threads, which inherit that.
 std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
 #if GEMMA_CUDA
     const std::string missing = o.device == "cpu" ? "--device says so" : cuda_missing();
 #else
-    const std::string missing = "this build has no CUDA engine: build it where nvcc is, see README";
+    const std::string missing = "this build has no CUDA engine (./dev build --cuda makes one)";
 #endif
     const bool gpu = missing.empty();
     if (!gpu && o.device == "cuda") throw Error("--device cuda: " + missing);
-    say("device: " + (gpu ? "cuda, because there is a GPU" : "cpu, because " + missing));
+    say_step("device: " + (gpu ? "cuda, because there is a GPU" : "cpu, because " + missing));
+    if (!gpu) say(text("%d threads, built for %s", threads(), instructions));
     if (!gpu && o.gpu_memory_utilization > 0)
         say("--gpu-memory-utilization: without effect on the CPU");
     if (o.gpu_memory_utilization < 0) o.gpu_memory_utilization = 0.9;
     int64_t& tokens = o.max_num_batched_tokens;
     const auto choose = [&](int64_t otherwise) {
         if (tokens < 0) tokens = otherwise;
-        o.max_num_seqs = std::min(o.max_num_seqs, tokens);
+        if (o.max_num_seqs > tokens)
+            say(text("max_num_seqs is %ld, lowered from %ld to the tokens of a step", long(tokens),
+                     long(o.max_num_seqs)));
+        o.max_num_seqs = std::min(o.max_num_seqs < 0 ? 256 : o.max_num_seqs, tokens);
     };
 #if GEMMA_CUDA
     if (gpu) {
@@ -195,7 +252,7 @@ std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
         return open_cuda(checkpoint, {int(o.max_num_seqs), int(tokens), o.gpu_memory_utilization});
     }
 #endif
-    choose(32 * std::max(1u, std::thread::hardware_concurrency()));
+    choose(32 * threads());
     return open_cpu(checkpoint);
 }
 
@@ -207,14 +264,18 @@ struct Loaded {
 
 void load(Loaded& loaded, Options o, Service& service) {
     const std::string directory = find_model(o.model);
+    // Beside the driver, which takes as long: 0.3 s each for the 1B on an H100.
+    auto reading = std::async(std::launch::async,
+                              [&] { loaded.tokenizer.emplace(directory + "/tokenizer.model"); });
     const Checkpoint& checkpoint = loaded.checkpoint.emplace(directory);
-    const Tokenizer& tokenizer = loaded.tokenizer.emplace(directory + "/tokenizer.model");
+    auto model = open_model(checkpoint, o);
+    reading.get();
+    const Tokenizer& tokenizer = *loaded.tokenizer;
     if (tokenizer.size() > checkpoint.config.V) {
         throw Error(
             text("%s/tokenizer.model: found %d pieces, expected at most the %d of the weights",
                  directory.c_str(), tokenizer.size(), checkpoint.config.V));
     }
-    auto model = open_model(checkpoint, o);
     const auto [limits, max_model_len] = plan_memory(checkpoint.config, o, model->kv_memory());
     model->allocate_pages(limits.pages);
     const SamplingDefaults& d = checkpoint.defaults;
@@ -222,13 +283,27 @@ void load(Loaded& loaded, Options o, Service& service) {
         text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g, repetition_penalty "
              "%g",
              d.temperature, d.top_k, d.top_p, d.min_p, d.repetition_penalty));
-    say(text("KV pages of 32 tokens: %d local (%d tokens), %d global (%ld tokens)",
-             limits.pages[local_pool], limits.pages[local_pool] * page_tokens,
-             limits.pages[global_pool], long(limits.pages[global_pool]) * page_tokens));
+    say_step(text("KV pages of 32 tokens: %d local (%d tokens), %d global (%ld tokens)",
+                  limits.pages[local_pool], limits.pages[local_pool] * page_tokens,
+                  limits.pages[global_pool], long(limits.pages[global_pool]) * page_tokens));
     say(text("max_model_len %d, up to %d sequences and %d tokens a step", max_model_len,
              limits.max_num_seqs, limits.max_batched_tokens));
     service.open(checkpoint, tokenizer, std::move(model), limits, max_model_len);
-    say(text("ready in %.2f s", seconds() - std::atof(std::getenv("GEMMA_STARTED"))));
+    say(text("ready in %.2f s", seconds_since_start()));
+}
+
+// The id of the project that this runs in, from Google Cloud's metadata server, by its fixed
+// address: a name would wait for DNS where there is none.
+std::string find_project() {
+    const char* const host = std::getenv("GCE_METADATA_HOST");
+    const char* const given = std::getenv("GOOGLE_CLOUD_PROJECT");
+    if (given) return given;
+    httplib::Client metadata(text("http://%s", host ? host : "169.254.169.254"));
+    metadata.set_connection_timeout(1);
+    metadata.set_read_timeout(1);
+    const auto reply = metadata.Get("/computeMetadata/v1/project/project-id",
+                                    httplib::Headers{{"Metadata-Flavor", "Google"}});
+    return reply && reply->status == 200 ? reply->body : "";
 }
 
 // [4] Stop ----------------------------------------------------------------------------------------
@@ -237,12 +312,19 @@ void load(Loaded& loaded, Options o, Service& service) {
 constexpr auto to_end = std::chrono::seconds(8);
 constexpr auto to_cut = std::chrono::milliseconds(500);
 
-int serve(const Options& options) {
+// SIGTERM and SIGINT wait for sigwait, in every thread that is made from here on. Process 1, which
+// the server is in a container, would not even end by them otherwise.
+sigset_t block_signals() {
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGTERM);
     sigaddset(&signals, SIGINT);
-    pthread_sigmask(SIG_BLOCK, &signals, nullptr);  // in every thread that is made from here on
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    return signals;
+}
+
+int serve(const Options& options) {
+    const sigset_t signals = block_signals();
     rlimit files;
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;  // 1,024 by default, and a connection is one
@@ -251,13 +333,23 @@ int serve(const Options& options) {
     Loaded loaded;
     Service service(options);
     HttpServer http(options.host, int(options.port), service.routes(), options.api_key);
-    say(text("listening on http://%s:%d", options.host.c_str(), http.port));
+    say(std::string("gemma-server ") + build_name);
+    say(text(options.host.find(':') == std::string::npos ? "listening on http://%s:%d"
+                                                         : "listening on http://[%s]:%d",
+             options.host.c_str(), http.port) +
+        ", not ready: requests wait for the model");
+    std::string names;
+    for (const auto& name : options.served_model_name) names += (names.empty() ? "" : ", ") + name;
+    say("requests may call the model " + names +
+        (options.api_key.empty() ? "; no API key guards it"
+                                 : "; an API key guards what is under /v1"));
     std::atomic<bool> failed = false;
     std::thread loading([&] {
         try {
             load(loaded, options, service);
+            if (logs_json()) set_trace_project(find_project());
         } catch (const std::exception& e) {
-            say(std::string("error: ") + e.what());
+            say(e.what(), Severity::error);
             failed = true;
             kill(getpid(), SIGTERM);
         }
@@ -281,6 +373,11 @@ int serve(const Options& options) {
 }  // namespace gemma
 
 int main(int argc, char** argv) try {
+    const std::vector<std::string> args(argv + 1, argv + argc);
+    const auto asks = [&](const char* word) { return std::count(args.begin(), args.end(), word); };
+    if (asks("--help") || asks("-h")) return std::puts(gemma::help().c_str()) < 0;
+    if (asks("--version")) return std::printf("gemma-server %s\n", gemma::build_name) < 0;
+    gemma::block_signals();  // from the first moment, and through execv
     // OpenMP's library reads GOMP_SPINCOUNT when it is loaded, so the program starts twice. By its
     // own measure threads spin for milliseconds at each barrier: beside one busy process on two
     // cores a token of the demo took 4.6 ms, so 1.6 (alone 0.42 and 0.51).
@@ -289,10 +386,8 @@ int main(int argc, char** argv) try {
         setenv("GOMP_SPINCOUNT", "2000", 0);
         execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // by name, for ps
     }
-    const std::vector<std::string> args(argv + 1, argv + argc);
-    if (std::count(args.begin(), args.end(), "--help")) return std::puts(gemma::help().c_str()) < 0;
     return gemma::serve(gemma::parse_flags(args));
 } catch (const std::exception& e) {
-    gemma::say(std::string("error: ") + e.what());
+    gemma::say(e.what(), gemma::Severity::error);
     return 1;
 }

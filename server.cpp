@@ -559,7 +559,8 @@ class Engine {
             const PoolUse use = scheduler.use(pool);
             if (use.held == 0 && present() == 0) continue;
             say(text("BUG: idle, but pool %d holds %d pages (%d cached, %d free); %d waiting", pool,
-                     use.held, use.cached, use.free, scheduler.waiting()));
+                     use.held, use.cached, use.free, scheduler.waiting()),
+                Severity::error);
             std::abort();
         }
     }
@@ -623,7 +624,9 @@ using App = Service::App;
 // and those that are inside are waited for.
 struct Visit {
     App& app;
-    explicit Visit(App& a) : app(a) {
+    const double begun = seconds();
+    const std::string trace;  // of HttpRequest
+    Visit(App& a, const std::string& of_request) : app(a), trace(of_request) {
         app.wait([&] { return app.ready || app.leaving; });
         app.change([&] {
             if (app.leaving) throw Refusal{503, "the server is shutting down", ""};
@@ -1033,6 +1036,7 @@ class Answer {
         for (const auto& s : sequences) s->cancelled = true;
         app.metrics->change([&](Figures& f) { f.aborted += double(unfinished); });
         app.change([&] { app.generating--; });
+        if (!app.options.disable_log_requests) log();
     }
     Answer(const Answer&) = delete;
 
@@ -1055,6 +1059,24 @@ class Answer {
         double first = 0, last = 0;  // when these tokens were made
         bool finished = false;
     };
+
+    void log() const {
+        Generation g;
+        g.status = unfinished > 0 ? 499 : 200;
+        g.id = id, g.model = request.model, g.trace = visit->trace;
+        g.prompt_tokens = prompt_tokens;
+        g.queued = queued, g.first_token = first_token, g.total = seconds() - visit->begun;
+        bool same = true;
+        std::string reasons;
+        for (const Choice& c : choices) {
+            const std::string& reason = c.finished ? c.finish_reason : R"("abort")";
+            same &= reason == (choices[0].finished ? choices[0].finish_reason : R"("abort")");
+            append(reasons, reason.substr(1, reason.size() - 2));
+            g.completion_tokens += c.tokens;
+        }
+        g.finish_reason = same ? reasons.substr(0, reasons.find(',')) : reasons;
+        say(g);
+    }
 
     // Appends what has come; false: that was all.
     bool pump(std::string& out) {
@@ -1161,6 +1183,7 @@ class Answer {
         const double arrived = sequences[size_t(d.choice)]->arrived;
         const bool first = c.tokens <= 1;
         if (first) c.first = d.at, c.cached = d.cached_tokens;
+        if (queued < 0) queued = d.started - visit->begun, first_token = d.at - visit->begun;
         app.metrics->change([&](Figures& m) {
             if (c.tokens > 0) m.generated_tokens++;
             if (first) {
@@ -1322,6 +1345,7 @@ class Answer {
         std::vector<Choice>(sequences.size(), Choice(*app.tokenizer, !request.skip_special_tokens));
     size_t unfinished = sequences.size();
     int prompt_tokens = 0;
+    double queued = -1, first_token = -1;  // seconds from the request to its first token's step
     bool started = false;
     const std::string id =
         (request.chat ? "chatcmpl-" : "cmpl-") + (request.id.empty() ? app.draw_hex() : request.id);
@@ -1456,26 +1480,44 @@ struct Large : std::lock_guard<std::mutex> {
     ~Large() { malloc_trim(0); }
 };
 
+HttpReply post_reply(App& app, Handler handler, const HttpRequest& http) {
+    const auto visit = std::make_shared<Visit>(app, http.trace);
+    const auto answer = [&] { return handler(visit, http, parse_body(http.body)); };
+    if (http.body.size() <= 64 << 10) return answer();
+    const Large alone(app.large);
+    return answer();
+}
+
+// What asks for text and is refused has its line in the log, as an answer has (~Answer).
+HttpReply generation_reply(App& app, Handler handler, const HttpRequest& http) {
+    const double begun = seconds();
+    try {
+        return post_reply(app, handler, http);
+    } catch (const Refusal& r) {
+        Generation g;
+        g.status = r.status, g.param = r.param, g.id = own_id(http.id), g.trace = http.trace;
+        g.total = seconds() - begun;
+        if (!app.options.disable_log_requests) say(g);
+        throw;
+    }
+}
+
 std::vector<Route> Service::routes() {
-    const auto post = [this](const char* path, Handler handler) -> Route {
-        return {"POST", path, [this, handler](const HttpRequest& http) {
-                    const auto visit = std::make_shared<Visit>(*app);
-                    const auto answer = [&] { return handler(visit, http, parse_body(http.body)); };
-                    if (http.body.size() <= 64 << 10) return answer();
-                    const Large alone(app->large);
-                    return answer();
+    const auto post = [this](const char* path, auto reply, Handler handler) -> Route {
+        return {"POST", path, [this, reply, handler](const HttpRequest& http) {
+                    return reply(*app, handler, http);
                 }};
     };
     const auto get = [this](const char* path, auto handler) -> Route {
         return {"GET", path, [this, handler](const HttpRequest&) { return handler(*app); }};
     };
     const auto models = [this](const HttpRequest& http) {
-        return list_models(std::make_shared<Visit>(*app), http, {});
+        return list_models(std::make_shared<Visit>(*app, http.trace), http, {});
     };
-    return {post("/v1/completions", generate<false>),
-            post("/v1/chat/completions", generate<true>),
-            post("/tokenize", tokenize),
-            post("/detokenize", detokenize),
+    return {post("/v1/completions", generation_reply, generate<false>),
+            post("/v1/chat/completions", generation_reply, generate<true>),
+            post("/tokenize", post_reply, tokenize),
+            post("/detokenize", post_reply, detokenize),
             {"GET", "/v1/models", models},
             {"GET", "/v1/models/", models},
             get("/health", health),

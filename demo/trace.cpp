@@ -101,6 +101,6 @@ int main(int argc, char** argv) try {
     for (size_t i = 0; i < prompts.size(); i++)
         std::printf("%s|%s\n", prompts[i].c_str(), answers[sequences[i].get()].c_str());
 } catch (const Error& e) {
-    say(std::string("error: ") + e.what());
+    say(e.what(), Severity::error);
     return 1;
 }

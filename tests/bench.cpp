@@ -152,6 +152,6 @@ int main(int argc, char** argv) try {
     row("demo, exec to ready", text("%.2f s", server.ready), "");
     return 0;
 } catch (const Error& e) {
-    say(std::string("error: ") + e.what());
+    say(e.what(), Severity::error);
     return 1;
 }

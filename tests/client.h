@@ -11,6 +11,7 @@
 #include "test.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
@@ -51,6 +52,9 @@ inline std::string binary() {
 #endif
 }
 
+inline constexpr std::array cloud_run{
+    "PORT=", "MODEL_NAME=", "MAX_MODEL_LEN=", "K_SERVICE=", "GOOGLE_CLOUD_PROJECT="};
+
 class Child {
   public:
     explicit Child(const Strings& arguments, const Strings& variables = {}) {
@@ -64,8 +68,11 @@ class Child {
         words.insert(words.end(), arguments.begin(), arguments.end());
         for (char** e = environ; *e; e++) {
             const std::string_view v = *e;
-            if (!v.starts_with("PORT=") && !v.starts_with("MAX_MODEL_LEN="))
-                environment.emplace_back(v);  // the first of two counts: ours
+            // Of two with one name the first counts, which is ours; but what only Cloud Run sets
+            // would change a server that a test starts without it.
+            const auto names = [&](const char* name) { return v.starts_with(name); };
+            if (std::none_of(cloud_run.begin(), cloud_run.end(), names))
+                environment.emplace_back(v);
         }
         const int error = posix_spawn(&pid, words[0].c_str(), &actions, nullptr,
                                       pointers(words).data(), pointers(environment).data());

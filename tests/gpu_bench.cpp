@@ -423,7 +423,7 @@ int main(int argc, char** argv) try {
     std::printf("%.0f s in all\n", now() - from);
     return 0;
 } catch (const std::exception& e) {
-    say(std::string("error: ") + e.what());
+    say(e.what(), Severity::error);
     return 1;
 }
 

@@ -755,15 +755,19 @@ TEST_CASE("flags that end the program say why", "[http]") {
     const json table = json::parse(R"([
         [["--help"], "", 0, ["gemma-server [MODEL]", "--max-model-len", "- or _"]],
         [["--no-such-flag", "1"], "", 1, ["--no-such-flag is not a flag", "--max-num-seqs"]],
-        [["-p", "1"], "", 1, ["unexpected argument -p"]],
-        [["--port"], "", 1, ["--port needs one value"]],
-        [["--port", "1", "2"], "", 1, ["--port needs one value"]],
+        [["-h"], "", 0, ["gemma-server [MODEL]"]],
+        [["--version"], "", 0, ["gemma-server 0."]],
+        [["-p", "1"], "", 1, ["-p is not a flag: flags begin with --"]],
+        [["--served-model-name", "a", "-p", "9000"], "", 1, ["-p is not a flag"]],
+        [["--port"], "", 1, ["--port needs a value"]],
+        [["--port", "1", "2"], "", 1, ["unexpected argument 2", "the model is "]],
+        [["--max-model-len", "200k"], "", 1, ["at most 131072, got \"200k\""]],
         [["--port", "65536"], "", 1, ["port must be an integer", "at most 65535", "65536"]],
         [["--port=http"], "", 1, ["port must be an integer"]],
         [[], "PORT=http", 1, ["port must be an integer"]],
         [[], "MAX_MODEL_LEN=0", 1, ["max-model-len must be", "at least 1"]],
         [["--max-num-seqs", "0"], "", 1, ["max-num-seqs must be", "at least 1"]],
-        [["--max_num_batched_tokens", "-1"], "", 1, ["max-num-batched-tokens must be"]],
+        [["--max_num_batched_tokens", "-1"], "", 1, ["max-num-batched-tokens must be", "\"-1\""]],
         [["--max-model-len", "1G"], "", 1, ["max-model-len must be"]],
         [["--seed", "x"], "", 1, ["seed must be an integer"]],
         [["--device", "tpu"], "", 1, ["auto, cuda or cpu"]],
@@ -772,7 +776,8 @@ TEST_CASE("flags that end the program say why", "[http]") {
         [["--block-size", "banana"], "PORT=0", 1, ["block-size", "banana"]],
         [["--gpu-memory-utilization", "2"], "PORT=0", 1, ["gpu-memory-utilization", "at most 1"]],
         [[], "MAX_MODEL_LEN=x", 1, ["$MAX_MODEL_LEN", "max-model-len"]],
-        [["--max-model-len", "40000"], "PORT=0", 1, ["40000", "32768 positions"]],
+        [["--max-model-len", "40k"], "PORT=0", 1,
+            ["max_model_len 40000 does not fit: the model has 32768 positions\n"]],
         [["--num-gpu-blocks-override", "8", "--max-model-len", "1000"], "PORT=0", 1,
             ["1000", "32 pages", "room for 8"]],
         [["--num-gpu-blocks-override", "1"], "PORT=0", 1, ["does not fit", "room for 0"]],
@@ -813,6 +818,21 @@ TEST_CASE("flags and variables that take effect", "[http]") {
     CHECK(child.says("--gpu-memory-utilization: without effect on the CPU"));
     CHECK(child.says("KV pages of 32 tokens: "));
     CHECK(get("/v1/models", port).parsed()["data"][0]["id"] == demo);
+}
+
+TEST_CASE("the model may stand behind flags, or in $MODEL_NAME", "[http]") {
+    const Strings flags{"--port", "0", "--device=cpu", "--host", "127.0.0.1"};
+    Strings behind = flags;
+    behind.push_back(demo);
+    const std::vector<std::pair<Strings, Strings>> table{
+        {behind, {}}, {flags, {"MODEL_NAME=" + demo}}, {behind, {"MODEL_NAME=/no/such"}}};
+    for (const auto& [words, variables] : table) {
+        Child child(words, variables);
+        CHECK(child.says("\nready in"));
+        CHECK(child.says("requests may call the model " + demo + ";"));
+        child.terminate();
+        CHECK(child.exit_status() == 0);
+    }
 }
 
 TEST_CASE("a server's seed repeats its unseeded draws", "[demo]") {
