@@ -9,7 +9,7 @@
 #   MODEL_NAME=google/gemma-3-1b-it   empty: without weights; they come by a volume on /model-cache
 #   MODEL_REVISION=main               a commit of the model, to get the same weights for ever
 #   HF_ENDPOINT=https://huggingface.co
-#   COMMIT=                           what the server says of itself: COMMIT=$(git rev-parse HEAD)
+#   COMMIT=                           what the server says of itself: COMMIT=$(git rev-parse --short HEAD)
 #   BASE=debian:trixie-slim           Debian 13, or a copy of it in a registry of your own
 #
 # tests/image_test builds and tries this file on a machine that has no Docker.
