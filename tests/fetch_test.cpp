@@ -522,7 +522,14 @@ TEST_CASE("a download that broke off goes on where it was") {
         check_error(World::end_of(*p), {"accept its terms", "no more"});
     }
     SECTION("an address that has expired is asked for again") {
-        world.hub.change([](Hub::Faults& f) { f.cdn = {403, "", "expired", "", 1}; });
+        world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
+        const auto p = world.start();
+        REQUIRE(world.hub.wait_for_hold());
+        world.hub.change([](Hub::Faults& f) { f.hold = 0, f.breaks = {400'000}, f.age = 1; });
+        check_success(World::end_of(*p), world);
+    }
+    SECTION("a CDN that refuses once is asked again") {
+        world.hub.change([](Hub::Faults& f) { f.cdn = {500, "", "on fire", "", 1}; });
         check_success(world.run(), world);
     }
     SECTION("all the bytes were there already") {
