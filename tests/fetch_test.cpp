@@ -131,7 +131,8 @@ class Process {
     }
     std::string all(const std::string& text) {  // until nobody can write any more
         std::unique_lock lock(mutex);
-        changed.wait_for(lock, std::chrono::seconds(100), [&] { return ended == 2; });
+        if (!changed.wait_for(lock, std::chrono::seconds(100), [&] { return ended == 2; }))
+            throw std::runtime_error("somebody may still write: " + text);
         return text;
     }
 
@@ -266,14 +267,14 @@ Strings gets(Hub& hub) {  // "FILE RANGE" of what was downloaded since the last 
 TEST_CASE("the cache is laid out as the hub's own client does") {
     World world;
     world.model.write("README.md", "not for a server");
-    world.model.write("tokenizer.json", "not read");
+    world.model.write("tokenizer.json", "for transformers");
     world.model.write("pytorch_model.bin", "not read");
     const Result first = world.run();
     check_success(first, world);
     const std::string commit = world.hub.commit(name), snapshot = "snapshots/" + commit + "/";
     Strings expected{"refs/main"};
     for (const char* file : {"config.json", "generation_config.json", "tokenizer_config.json",
-                             "tokenizer.model", "model.safetensors"}) {
+                             "tokenizer.json", "tokenizer.model", "model.safetensors"}) {
         expected.push_back("blobs/" + world.etag(file));
         expected.push_back(snapshot + file);
     }
@@ -535,7 +536,9 @@ TEST_CASE("a download that broke off goes on where it was") {
     SECTION("all the bytes were there already") {
         fs::create_directories(world.folder() / "blobs");
         fs::copy(world.model.path / "model.safetensors", world.part("model.safetensors"));
+        fs::permissions(world.part("model.safetensors"), fs::perms(0600));
         check_success(world.run(), world);
+        CHECK(fs::status(world.snapshot() / "model.safetensors").permissions() == fs::perms(0644));
         const Strings all = gets(world.hub);
         CHECK(std::count(all.begin(), all.end(), "model.safetensors ") == 0);
     }
@@ -769,7 +772,7 @@ TEST_CASE("names that are none are refused before anybody is asked") {
         CHECK(has(r.err, bad.starts_with("-") ? "not an option" : "ORGANISATION/NAME"));
     }
     for (const std::string bad :
-         {"", "..", "../main", "a/../b", "/main", "main/", "a b", "-x", "a?b"}) {
+         {"", "..", "../main", "a/../b", "a..b", "/main", "main/", "a b", "-x", "a?b"}) {
         CAPTURE(bad);
         check_error(world.run({name, "--revision", bad}), {"\"" + bad + "\" is no revision"});
     }
