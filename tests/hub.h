@@ -43,6 +43,7 @@ class Hub {
         std::vector<size_t> breaks;  // each once: hang up at this byte of a file
         size_t hold = 0;             // wait at this byte of a file; 0: do not
         int age = 0;                 // of the addresses at the CDN, which takes only the newest
+        bool plain = false;          // as a mirror: no CDN, no X-Linked headers
         bool ignore_ranges = false;  // the CDN sends the whole file instead
         std::string wrong;           // the first byte of this file comes wrong
         std::map<std::string, std::string> moved;      // a name of before -> the name of now
@@ -219,8 +220,9 @@ class Hub {
         if (!std::filesystem::is_regular_file(file))
             return refuse(out, {404, "EntryNotFound", "Entry not found"});
         const std::string hash = etag(file);
-        out.set_header(cache ? "ETag" : "X-Linked-ETag", "\"" + hash + "\"");
-        if (cache) return send(file, out);
+        const bool here = cache || now.plain;
+        out.set_header(here ? "ETag" : "X-Linked-ETag", "\"" + hash + "\"");
+        if (here) return send(file, out);
         out.set_header("X-Linked-Size", std::to_string(std::filesystem::file_size(file)));
         if (is_large(file)) {
             const std::string cdn_address = "http://127.0.0.1:" + std::to_string(cdn_port);
