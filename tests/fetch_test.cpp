@@ -131,7 +131,8 @@ class Process {
     }
     std::string all(const std::string& text) {  // until nobody can write any more
         std::unique_lock lock(mutex);
-        changed.wait_for(lock, std::chrono::seconds(100), [&] { return ended == 2; });
+        if (!changed.wait_for(lock, std::chrono::seconds(100), [&] { return ended == 2; }))
+            throw std::runtime_error("somebody may still write: " + text);
         return text;
     }
 
@@ -266,14 +267,14 @@ Strings gets(Hub& hub) {  // "FILE RANGE" of what was downloaded since the last 
 TEST_CASE("the cache is laid out as the hub's own client does") {
     World world;
     world.model.write("README.md", "not for a server");
-    world.model.write("tokenizer.json", "not read");
+    world.model.write("tokenizer.json", "for transformers");
     world.model.write("pytorch_model.bin", "not read");
     const Result first = world.run();
     check_success(first, world);
     const std::string commit = world.hub.commit(name), snapshot = "snapshots/" + commit + "/";
     Strings expected{"refs/main"};
     for (const char* file : {"config.json", "generation_config.json", "tokenizer_config.json",
-                             "tokenizer.model", "model.safetensors"}) {
+                             "tokenizer.json", "tokenizer.model", "model.safetensors"}) {
         expected.push_back("blobs/" + world.etag(file));
         expected.push_back(snapshot + file);
     }
@@ -427,6 +428,13 @@ TEST_CASE("a revision") {
     }
 }
 
+TEST_CASE("a mirror sends every file itself") {
+    World world;
+    world.hub.change([](Hub::Faults& f) { f.plain = true; });
+    check_success(world.run(), world);
+    for (const auto& r : world.hub.requests()) CHECK((r.server == "hub" && r.authorized));
+}
+
 TEST_CASE("a renamed model keeps the name by which it was asked for") {
     World world;
     world.hub.change([](Hub::Faults& f) { f.moved["old/name"] = name; });
@@ -522,13 +530,22 @@ TEST_CASE("a download that broke off goes on where it was") {
         check_error(World::end_of(*p), {"accept its terms", "no more"});
     }
     SECTION("an address that has expired is asked for again") {
-        world.hub.change([](Hub::Faults& f) { f.cdn = {403, "", "expired", "", 1}; });
+        world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
+        const auto p = world.start();
+        REQUIRE(world.hub.wait_for_hold());
+        world.hub.change([](Hub::Faults& f) { f.hold = 0, f.breaks = {400'000}, f.age = 1; });
+        check_success(World::end_of(*p), world);
+    }
+    SECTION("a CDN that refuses once is asked again") {
+        world.hub.change([](Hub::Faults& f) { f.cdn = {500, "", "on fire", "", 1}; });
         check_success(world.run(), world);
     }
     SECTION("all the bytes were there already") {
         fs::create_directories(world.folder() / "blobs");
         fs::copy(world.model.path / "model.safetensors", world.part("model.safetensors"));
+        fs::permissions(world.part("model.safetensors"), fs::perms(0600));
         check_success(world.run(), world);
+        CHECK(fs::status(world.snapshot() / "model.safetensors").permissions() == fs::perms(0644));
         const Strings all = gets(world.hub);
         CHECK(std::count(all.begin(), all.end(), "model.safetensors ") == 0);
     }
@@ -546,10 +563,14 @@ TEST_CASE("who stops it can go on") {
             std::this_thread::yield();
         first->send(SIGTERM);
         CHECK(first->wait() == 130);
-        CHECK(has(first->err(), "stopped"));  // nobody is left who could write
-        free_again();
         world.hub.requests();
-        check_success(world.run(), world);
+        const auto second = world.start();
+        CHECK(second->says("going on at"));
+        free_again();
+        const Result r = World::end_of(*second);
+        check_success(r, world);
+        CHECK(!has(r.err, "another download"));  // nobody was left who held the lock
+        CHECK(has(first->err(), "stopped"));
         const Strings all = gets(world.hub);
         REQUIRE(all.size() == 1);
         CHECK(has(all[0], "model.safetensors bytes="));
@@ -660,7 +681,7 @@ TEST_CASE("the hub refuses") {
     SECTION("words that would move the cursor are not printed") {
         world.hub.change([](Hub::Faults& f) { f.hub = {400, "", "a\x1b[2Jb"}; });
         const Result r = world.run();
-        check_error(r, {"400", "a[2Jb"});
+        check_error(r, {"400"});  // Debian 13's httplib does not even send them
         CHECK(!has(r.err, "\x1b"));
     }
     CHECK(!fs::exists(world.snapshot().parent_path() / "config.json"));
@@ -762,7 +783,7 @@ TEST_CASE("names that are none are refused before anybody is asked") {
         CHECK(has(r.err, bad.starts_with("-") ? "not an option" : "ORGANISATION/NAME"));
     }
     for (const std::string bad :
-         {"", "..", "../main", "a/../b", "/main", "main/", "a b", "-x", "a?b"}) {
+         {"", "..", "../main", "a/../b", "a..b", "/main", "main/", "a b", "-x", "a?b"}) {
         CAPTURE(bad);
         check_error(world.run({name, "--revision", bad}), {"\"" + bad + "\" is no revision"});
     }

@@ -40,10 +40,12 @@ class Hub {
     };
     struct Faults {
         Refusal hub, cdn;
-        std::vector<size_t> breaks;                    // each once: hang up at this byte of a file
-        size_t hold = 0;                               // wait at this byte of a file; 0: do not
-        bool ignore_ranges = false;                    // the CDN sends the whole file instead
-        std::string wrong;                             // the first byte of this file comes wrong
+        std::vector<size_t> breaks;  // each once: hang up at this byte of a file
+        size_t hold = 0;             // wait at this byte of a file; 0: do not
+        int age = 0;                 // of the addresses at the CDN, which takes only the newest
+        bool plain = false;          // as a mirror: no CDN, no X-Linked headers
+        bool ignore_ranges = false;  // the CDN sends the whole file instead
+        std::string wrong;           // the first byte of this file comes wrong
         std::map<std::string, std::string> moved;      // a name of before -> the name of now
         std::map<std::string, std::string> revisions;  // beside main and the commit -> its commit
     };
@@ -218,12 +220,14 @@ class Hub {
         if (!std::filesystem::is_regular_file(file))
             return refuse(out, {404, "EntryNotFound", "Entry not found"});
         const std::string hash = etag(file);
-        out.set_header(cache ? "ETag" : "X-Linked-ETag", "\"" + hash + "\"");
-        if (cache) return send(file, out);
+        const bool here = cache || now.plain;
+        out.set_header(here ? "ETag" : "X-Linked-ETag", "\"" + hash + "\"");
+        if (here) return send(file, out);
         out.set_header("X-Linked-Size", std::to_string(std::filesystem::file_size(file)));
         if (is_large(file)) {
-            out.set_header("Location", "http://127.0.0.1:" + std::to_string(cdn_port) + "/" + name +
-                                           "/" + words[4] + "?signature=" + hash.substr(0, 8));
+            const std::string cdn_address = "http://127.0.0.1:" + std::to_string(cdn_port);
+            out.set_header("Location", cdn_address + "/" + name + "/" + words[4] +
+                                           "?signature=" + hash + std::to_string(now.age));
             out.status = 302;
         } else {
             out.set_header("Location",
@@ -259,10 +263,10 @@ class Hub {
         if (model == models.end()) return refuse(out, {404, "", "no such blob"});
         const std::filesystem::path file = model->second / in.path.substr(slash + 1);
         if (!std::filesystem::is_regular_file(file)) return refuse(out, {404, "", "no such blob"});
-        if (in.get_param_value("signature") != etag(file).substr(0, 8))
-            return refuse(out, {403, "", "wrong signature"});
         {
             const std::lock_guard lock(mutex);
+            if (in.get_param_value("signature") != etag(file) + std::to_string(faults.age))
+                return refuse(out, {403, "", "expired"});
             // httplib answers a range by itself, unless it forgets that it was asked.
             if (faults.ignore_ranges) const_cast<In&>(in).ranges.clear();
         }
