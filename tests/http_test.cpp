@@ -757,6 +757,8 @@ TEST_CASE("flags that end the program say why", "[http]") {
         [["--no-such-flag", "1"], "", 1, ["--no-such-flag is not a flag", "--max-num-seqs"]],
         [["-h"], "", 0, ["gemma-server [MODEL]"]],
         [["--version"], "", 0, ["gemma-server 0."]],
+        [["--port", "80", "--check"], "", 0, []],
+        [["--port", "x", "--check"], "", 1, ["port must be an integer"]],
         [["-p", "1"], "", 1, ["-p is not a flag: flags begin with --"]],
         [["--served-model-name", "a", "-p", "9000"], "", 1, ["-p is not a flag"]],
         [["--port"], "", 1, ["--port needs a value"]],
@@ -782,7 +784,7 @@ TEST_CASE("flags that end the program say why", "[http]") {
             ["1000", "32 pages", "room for 8"]],
         [["--num-gpu-blocks-override", "1"], "PORT=0", 1, ["does not fit", "room for 0"]],
         [["--model", "nobody/nothing", "--port", "0"], "HF_HOME=/no/such/folder", 1,
-            ["nobody/nothing", "/no/such/folder/hub", "hf download nobody/nothing"]]
+            ["nobody/nothing", "/no/such/folder/hub", "./dev fetch nobody/nothing"]]
     ])");
     for (const json& row : table) {
         Strings words{demo, "--device=cpu"};

@@ -40,8 +40,10 @@ class Hub {
     };
     struct Faults {
         Refusal hub, cdn;
-        std::vector<size_t> breaks;  // each once: the CDN hangs up at this byte of a file
-        size_t hold = 0;             // the CDN waits at this byte of a file; 0: it does not
+        std::vector<size_t> breaks;  // each once: hang up at this byte of a file
+        size_t hold = 0;             // wait at this byte of a file; 0: do not
+        int age = 0;                 // of the addresses at the CDN, which takes only the newest
+        bool plain = false;          // as a mirror: no CDN, no X-Linked headers
         bool ignore_ranges = false;  // the CDN sends the whole file instead
         std::string wrong;           // the first byte of this file comes wrong
         std::map<std::string, std::string> moved;      // a name of before -> the name of now
@@ -218,12 +220,14 @@ class Hub {
         if (!std::filesystem::is_regular_file(file))
             return refuse(out, {404, "EntryNotFound", "Entry not found"});
         const std::string hash = etag(file);
-        out.set_header(cache ? "ETag" : "X-Linked-ETag", "\"" + hash + "\"");
-        if (cache) return send(file, out, nullptr);
+        const bool here = cache || now.plain;
+        out.set_header(here ? "ETag" : "X-Linked-ETag", "\"" + hash + "\"");
+        if (here) return send(file, out);
         out.set_header("X-Linked-Size", std::to_string(std::filesystem::file_size(file)));
         if (is_large(file)) {
-            out.set_header("Location", "http://127.0.0.1:" + std::to_string(cdn_port) + "/" + name +
-                                           "/" + words[4] + "?signature=" + hash.substr(0, 8));
+            const std::string cdn_address = "http://127.0.0.1:" + std::to_string(cdn_port);
+            out.set_header("Location", cdn_address + "/" + name + "/" + words[4] +
+                                           "?signature=" + hash + std::to_string(now.age));
             out.status = 302;
         } else {
             out.set_header("Location",
@@ -259,49 +263,49 @@ class Hub {
         if (model == models.end()) return refuse(out, {404, "", "no such blob"});
         const std::filesystem::path file = model->second / in.path.substr(slash + 1);
         if (!std::filesystem::is_regular_file(file)) return refuse(out, {404, "", "no such blob"});
-        if (in.get_param_value("signature") != etag(file).substr(0, 8))
-            return refuse(out, {403, "", "wrong signature"});
-        const std::lock_guard lock(mutex);
-        // httplib answers a range by itself, unless it forgets that it was asked.
-        if (faults.ignore_ranges) const_cast<In&>(in).ranges.clear();
-        send(file, out, this);
+        {
+            const std::lock_guard lock(mutex);
+            if (in.get_param_value("signature") != etag(file) + std::to_string(faults.age))
+                return refuse(out, {403, "", "expired"});
+            // httplib answers a range by itself, unless it forgets that it was asked.
+            if (faults.ignore_ranges) const_cast<In&>(in).ranges.clear();
+        }
+        send(file, out);
     }
 
-    // With faults, if it is told whose.
-    static void send(const std::filesystem::path& file, Out& out, Hub* self) {
+    void send(const std::filesystem::path& file, Out& out) {
         auto in = std::make_shared<std::ifstream>(file, std::ios::binary);
-        const bool wrong = self && self->faults.wrong == file.filename();
         out.set_content_provider(
             std::filesystem::file_size(file), "application/octet-stream",
-            [=](size_t offset, size_t length, httplib::DataSink& sink) {
+            [this, in, name = file.filename()](size_t offset, size_t length,
+                                               httplib::DataSink& sink) {
                 std::string bytes(std::min<size_t>(length, 1 << 16), '\0');
                 in->clear();
                 in->seekg(std::streamoff(offset)).read(bytes.data(), std::streamsize(bytes.size()));
-                if (wrong && offset == 0) bytes[0] = char(bytes[0] ^ 1);
-                bool hang_up = false;
-                if (self) bytes.resize(self->until_fault(offset, bytes.size(), hang_up));
+                const bool hang_up = fail(name, offset, bytes);
                 return sink.write(bytes.data(), bytes.size()) && !hang_up;
             });
     }
 
-    // How many of the bytes at that offset may go, waiting if they are to wait.
-    size_t until_fault(size_t offset, size_t size, bool& hang_up) {
+    // Does to a file's bytes at that offset what the faults say. Whether to hang up after them.
+    bool fail(const std::string& file, size_t offset, std::string& bytes) {
         std::unique_lock lock(mutex);
-        for (auto at = faults.breaks.begin(); at != faults.breaks.end(); ++at)
-            if (offset <= *at && *at < offset + size) {
-                size = *at - offset, hang_up = true;
-                faults.breaks.erase(at);
-                break;
-            }
-        if (faults.hold && offset < faults.hold && faults.hold < offset + size && !hang_up)
-            size = faults.hold - offset;
+        if (file == faults.wrong && offset == 0) bytes[0] = char(bytes[0] ^ 1);
         if (faults.hold && offset == faults.hold) {
             holding++;
             changed.notify_all();
             changed.wait(lock, [&] { return faults.hold != offset; });
             holding--;
         }
-        return size;
+        if (offset < faults.hold && faults.hold < offset + bytes.size())
+            bytes.resize(faults.hold - offset);
+        for (auto at = faults.breaks.begin(); at != faults.breaks.end(); ++at)
+            if (offset <= *at && *at < offset + bytes.size()) {
+                bytes.resize(*at - offset);
+                faults.breaks.erase(at);
+                return true;
+            }
+        return false;
     }
 
     std::map<std::string, std::filesystem::path> models;
