@@ -17,6 +17,9 @@
 
 #include <unistd.h>
 #if defined(__x86_64__)
+#ifdef __CUDACC__
+#define _AMXTILEINTRIN_H_INCLUDED  // g++ 13's, whose builtins nvcc 12.4 does not know
+#endif
 #include <immintrin.h>
 #endif
 
@@ -42,6 +45,10 @@ constexpr size_t guard = 0;  // ASan's own are better: they see reads too
 constexpr size_t guard = 64;
 #endif
 constexpr bool emulated = GEMMA_EMULATED;
+
+// For loops over {T{..}, {..}}, of which nvcc 12.4 cannot tell the type.
+template <class T>
+using List = std::initializer_list<T>;
 
 #define NEED_DEVICE()                                \
     do {                                             \
@@ -900,7 +907,7 @@ TEST_CASE("attention: near an exact softmax, and the same bits however tokens ar
         CHECK(same_bits(attention(story, parts, {0, 1, R / 3, R / 2, R - 1}, false), want));
 
         // Alone.
-        for (const Part& part : {Part{c.T - 1, 1}, {(c.known + c.T) / 2, 1}, {c.T - 3, 2}}) {
+        for (const Part& part : List<Part>{{c.T - 1, 1}, {(c.known + c.T) / 2, 1}, {c.T - 3, 2}}) {
             const auto alone = attention(story, {part}, {}, false);
             CHECK(std::equal(alone.begin(), alone.end(),
                              whole.begin() + (part.first - c.known) * width,
@@ -1066,11 +1073,11 @@ TEST_CASE("sampling: the ids are those of reference.cpp, for every setting and m
         int V, vocab, seeds;
     };
     const int more = emulated ? 1 : 100;
-    for (const Size size : {Size{512, 512, more},
-                            {2048, 2047, more},
-                            {4160, 4096, more},
-                            {1000, 1000, more},
-                            {17000, 16900, more}}) {
+    for (const Size size : List<Size>{{512, 512, more},
+                                      {2048, 2047, more},
+                                      {4160, 4096, more},
+                                      {1000, 1000, more},
+                                      {17000, 16900, more}}) {
         for (const Kind kind : kinds) {
             INFO("V " << size.V << ", logits of kind " << int(kind));
             if (size.V > 10000 && kind != Kind::wide && kind != Kind::few_values &&
@@ -1093,7 +1100,7 @@ TEST_CASE("sampling: the ids are those of reference.cpp, for every setting and m
 TEST_CASE("sampling: hundreds of seeds draw what reference.cpp draws", "[slow]") {
     NEED_DEVICE();
     for (const Sampling& setting :
-         {Sampling{}, {.top_k = 2, .top_p = 0.99f}, {.top_k = 40}, {.top_p = 0.7f}}) {
+         List<Sampling>{{}, {.top_k = 2, .top_p = 0.99f}, {.top_k = 40}, {.top_p = 0.7f}}) {
         std::vector<Output> outputs;
         for (int i = 0; i < (emulated ? 70 : 1000); i++) {
             outputs.push_back(output(setting, i % 7));
@@ -1111,7 +1118,7 @@ TEST_CASE("sampling: hundreds of seeds draw what reference.cpp draws", "[slow]")
 TEST_CASE("sampling: a draw on the very edge between two ids takes the second") {
     NEED_DEVICE();
     const int V = 4 * block_ids;  // four ids have weight, 3, 259, ..
-    for (const Sampling& setting : {Sampling{}, {.top_k = 4}, {.top_p = 0.99f}}) {
+    for (const Sampling& setting : List<Sampling>{{}, {.top_k = 4}, {.top_p = 0.99f}}) {
         std::vector<uint64_t> hashes;
         std::vector<int> want;
         for (uint64_t i = 0; i < 4; i++) {
@@ -1238,11 +1245,11 @@ TEST_CASE("every launch of every size of the family is possible") {
         int D, F, H, G, E, V;
     };
     // 270M, 1B, 4B, 12B, 27B
-    for (const Size& c : {Size{640, 2048, 4, 1, 256, 262144},
-                          {1152, 6912, 4, 1, 256, 262144},
-                          {2560, 10240, 8, 4, 256, 262208},
-                          {3840, 15360, 16, 8, 256, 262208},
-                          {5376, 21504, 32, 16, 128, 262208}}) {
+    for (const Size& c : List<Size>{{640, 2048, 4, 1, 256, 262144},
+                                    {1152, 6912, 4, 1, 256, 262144},
+                                    {2560, 10240, 8, 4, 256, 262208},
+                                    {3840, 15360, 16, 8, 256, 262208},
+                                    {5376, 21504, 32, 16, 128, 262208}}) {
         for (const int processors : {1, 58, 132}) {
             for (int N = 1; N <= 4096; N += N < 300 ? 1 : 379) {
                 INFO("D " << c.D << ", F " << c.F << ", N " << N);
