@@ -467,30 +467,61 @@ Checkpoint::Checkpoint(const std::string& directory)
 
 // [5] The Hugging Face cache ----------------------------------------------------------------------
 
+namespace {
+
+// $HF_HUB_CACHE and what huggingface_hub takes where that is not set. Empty is as good as not set.
+fs::path hub_cache() {
+    for (const auto& [name, below] : {std::pair("HF_HUB_CACHE", ""),
+                                      {"HUGGINGFACE_HUB_CACHE", ""},
+                                      {"HF_HOME", "hub"},
+                                      {"XDG_CACHE_HOME", "huggingface/hub"},
+                                      {"HOME", ".cache/huggingface/hub"}}) {
+        const char* const value = std::getenv(name);
+        if (!value || !*value) continue;
+        const char* const home = std::getenv("HOME");
+        const bool tilde = home && std::string_view(value).starts_with("~/");
+        return (tilde ? fs::path(home) / (value + 2) : fs::path(value)) / below;
+    }
+    return ".cache/huggingface/hub";
+}
+
+// The hub's rule: ORGANISATION/NAME.
+bool is_hub_name(const std::string& model) {
+    const auto good = [](char c) { return std::isalnum(uint8_t(c)) || std::strchr("/._-", c); };
+    return std::count(model.begin(), model.end(), '/') == 1 && std::isalnum(uint8_t(model[0])) &&
+           model.back() != '/' && std::all_of(model.begin(), model.end(), good);
+}
+
+}  // namespace
+
 std::string find_model(const std::string& model) {
-    if (is_there(model + "/config.json")) return model;
-    fs::path hub;
-    for (const auto& [name, below] :
-         {std::pair("HF_HUB_CACHE", ""), {"HF_HOME", "hub"}, {"HOME", ".cache/huggingface/hub"}})
-        if (const char* value = std::getenv(name); hub.empty() && value && *value)
-            hub = fs::path(value) / below;
-    std::string folder = "models--";
-    for (const char c : model) folder += c == '/' ? "--" : std::string(1, c);
-    const fs::path snapshots = hub / folder / "snapshots";
-    std::string revision;
-    std::ifstream(hub / folder / "refs/main") >> revision;
-    std::string found = snapshots / revision;
     std::error_code ignored;
+    if (is_there(model + "/config.json")) return model;
+    if (model.ends_with(".gguf"))
+        refuse(model, "GGUF, which is not read", "a directory with config.json and safetensors");
+    if (fs::is_directory(model, ignored))
+        refuse(model, "no config.json in it", "a model's directory");
+    if (is_there(model))
+        refuse(model, "a file", "its directory, " + fs::absolute(model).parent_path().string());
+    if (!is_hub_name(model))
+        refuse(model, "no such directory", "a model's directory, or its ORGANISATION/NAME");
+
+    std::string folder = "models--" + model;
+    const fs::path cache = hub_cache();
+    folder.replace(folder.find('/'), 1, "--");
+    const fs::path snapshots = cache / folder / "snapshots";
+    std::string revision;
+    if (std::ifstream(cache / folder / "refs/main") >> revision)
+        if (is_there(snapshots / revision / "config.json")) return snapshots / revision;
+    std::string found;  // without refs/main, which a pinned download does not write: the newest
     fs::file_time_type newest = fs::file_time_type::min();
-    if (!is_there(found + "/config.json"))  // no refs/main: the newest
-        for (const auto& entry : fs::directory_iterator(snapshots, ignored))
-            if (const auto time = entry.last_write_time(ignored); !ignored && time > newest)
-                newest = time, found = entry.path();
-    if (is_there(found + "/config.json")) return found;
-    refuse(model, "no config.json in " + model + " or " + snapshots.string() + "/*",
-           "a directory that has one, or the name of a model in the cache: to get it, accept its "
-           "licence at Hugging Face, then run: hf download " +
-               model);
+    for (const auto& entry : fs::directory_iterator(snapshots, ignored))
+        if (const auto time = entry.last_write_time(ignored);
+            !ignored && time > newest && is_there(entry.path() / "config.json"))
+            newest = time, found = entry.path();
+    if (!found.empty()) return found;
+    refuse(model, "no such directory, and no snapshot in " + snapshots.string(),
+           "one of them; this gets it from the Hugging Face hub: ./dev fetch " + model);
 }
 
 }  // namespace gemma

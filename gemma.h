@@ -415,7 +415,7 @@ struct Options {
     int64_t max_model_len = -1, max_num_seqs = -1, max_num_batched_tokens = -1;  // -1: not given
     int64_t pages = -1;                                                          // the same
     double gpu_memory_utilization = -1;
-    bool prompt_tokens_details = false, disable_log_requests = false;
+    bool prompt_tokens_details = false, disable_log_requests = false, check = false;
     int64_t block_size = page_tokens;  // this and the next: read, and without effect
     bool load_tracking = true;
 };

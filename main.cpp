@@ -55,6 +55,7 @@ const std::vector<Field<Options>> flags{
      "accepted without effect: /load always counts"},
     {"disable-log-requests", &Options::disable_log_requests, 0, 0,
      "no line in the log for each generation"},
+    {"check", &Options::check, 0, 0, "check the flags, and end"},
     {"block-size", &Options::block_size, 1, 1024,
      "accepted without effect: a page holds 32 tokens"},
 };
@@ -386,7 +387,8 @@ int main(int argc, char** argv) try {
         setenv("GOMP_SPINCOUNT", "2000", 0);
         execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // by name, for ps
     }
-    return gemma::serve(gemma::parse_flags(args));
+    const gemma::Options options = gemma::parse_flags(args);
+    return options.check ? 0 : gemma::serve(options);
 } catch (const std::exception& e) {
     gemma::say(e.what(), gemma::Severity::error);
     return 1;

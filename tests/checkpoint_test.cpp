@@ -816,15 +816,21 @@ TEST_CASE("a model is found as a directory or in the cache") {
         return root.string() + "/" + hub + "/" + folder + "/snapshots/" + revision;
     };
     const Environment home("HOME", root.string());
-    const Environment hf_home("HF_HOME", "");
-    const Environment hub_cache("HF_HUB_CACHE", "");
+    const Environment hf_home("HF_HOME", ""), hub_cache("HF_HUB_CACHE", ""),
+        old_cache("HUGGINGFACE_HUB_CACHE", ""), xdg("XDG_CACHE_HOME", "");
 
     check_message(error_of([&] { find_model(model); }),
-                  {model, root.string() + "/.cache/huggingface/hub/" + folder,
-                   "hf download org/name", "licence"});
+                  {"org/name: ", root.string() + "/.cache/huggingface/hub/" + folder,
+                   "./dev fetch org/name"});
     const std::string in_home = at(".cache/huggingface/hub", "a");
     CHECK(find_model(model) == in_home);
-
+    {
+        const Environment xdg2("XDG_CACHE_HOME", root.string() + "/xdg");
+        check_message(error_of([&] { find_model(model); }),
+                      {root.string() + "/xdg/huggingface/hub/" + folder});
+        const Environment tilde("HF_HOME", "~/tilde");
+        check_message(error_of([&] { find_model(model); }), {root.string() + "/tilde/hub/"});
+    }
     const Environment hf_home2("HF_HOME", root.string() + "/hf");
     check_message(error_of([&] { find_model(model); }), {root.string() + "/hf/hub/" + folder});
     const std::string first = at("hf/hub", "a1"), second = at("hf/hub", "b2");
@@ -834,10 +840,43 @@ TEST_CASE("a model is found as a directory or in the cache") {
     CHECK(find_model(model) == first);  // no refs/main: the newest
     fs::last_write_time(second, now + std::chrono::hours(1));
     CHECK(find_model(model) == second);
+    const std::string empty = root.string() + "/hf/hub/" + folder + "/snapshots/c3";
+    fs::create_directories(empty);
+    fs::last_write_time(empty, now + std::chrono::hours(2));
+    CHECK(find_model(model) == second);  // the newest that has a config.json
+    root.write("hf/hub/" + folder + "/refs/main", "a1");
+    CHECK(find_model(model) == first);
     root.write("hf/hub/" + folder + "/refs/main", "a1\n");
     CHECK(find_model(model) == first);
+    root.write("hf/hub/" + folder + "/refs/main", "c3");
+    CHECK(find_model(model) == second);
 
+    const Environment old2("HUGGINGFACE_HUB_CACHE", root.string() + "/old");
+    check_message(error_of([&] { find_model(model); }), {root.string() + "/old/" + folder});
     const Environment cache2("HF_HUB_CACHE", root.string() + "/elsewhere");
     check_message(error_of([&] { find_model(model); }), {root.string() + "/elsewhere/" + folder});
     CHECK(find_model(first) == first);  // a directory is itself
+}
+
+TEST_CASE("what is no model is refused by what it is") {
+    const Directory root;
+    const std::string config = root.string() + "/model/config.json";
+    root.write("model/config.json", "{}");
+    root.write("empty/readme", "");
+    root.write("model.gguf", "GGUF");
+    const auto message = [](const std::string& model, const std::vector<std::string>& parts) {
+        const std::string error = error_of([&] { find_model(model); });
+        check_message(error, parts);
+        CHECK(error.find("dev fetch") == std::string::npos);  // which would not help
+    };
+    message("NO-SUCH-DIR", {"NO-SUCH-DIR: found no such directory", "ORGANISATION/NAME"});
+    message("./no/such", {"./no/such: found no such directory"});
+    message("/no/such", {"no such directory"});
+    message("no/such/", {"no such directory"});
+    message("org/na me", {"no such directory"});
+    message("", {"no such directory"});
+    message("./model.gguf", {"GGUF, which is not read", "safetensors"});
+    message(root.string() + "/model.gguf", {"GGUF, which is not read"});
+    message(config, {config + ": found a file", "its directory, " + root.string() + "/model"});
+    message(root.string() + "/empty", {"/empty: found no config.json"});
 }

@@ -7,21 +7,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 page=docs/afternoon.md status=0
 
-code=$(sed 's://.*$::' gemma.h fields.h gemma.cu http.cpp server.cpp metrics.cpp main.cpp tokenizer.cpp checkpoint.cpp reference.cpp \
-    tests/*.h tests/*.cpp && cat dev)
+code=$(sed 's://.*$::' ./*.h ./*.cpp ./*.cu tests/*.h tests/*.cpp && cat dev)
 words=$(grep -oE '[A-Za-z_][A-Za-z0-9_]*' <<<"$code" | sort -u)
 complain() { echo "$page: $1" >&2 && status=1; }
 
 # Spans of code, one a line; the indented blocks are pictures and commands.
+# shellcheck disable=SC2016  # Markdown's quotes, not the shell's
 spans=$(grep -v '^    ' "$page" | grep -oE '`[^`]+`' | tr -d '`' | sort -u)
 while IFS= read -r span; do
     for part in $span; do
         if [[ $part =~ ^[A-Za-z0-9_/.-]+\.(h|cpp|cu|md|sh)$ || $part == ./* ]]; then
             [ -e "$part" ] || complain "there is no $part"
         elif [[ $part != /* && $part != *\<* ]]; then # neither a URL's path nor a token like <bos>
-            for name in $(grep -oE '[A-Za-z_][A-Za-z0-9_]+' <<<"$part"); do
+            while IFS= read -r name; do
                 grep -qxF "$name" <<<"$words" || complain "$name, of \`$span\`, is not in the code"
-            done
+            done < <(grep -oE '[A-Za-z_][A-Za-z0-9_]+' <<<"$part" || true)
         fi
     done
 done <<<"$spans"

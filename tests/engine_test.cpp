@@ -27,7 +27,9 @@ using nlohmann::json;
 namespace {
 
 const std::filesystem::path golden = repository / "tests/golden";
-constexpr bool emulated = GEMMA_EMULATED;
+// With CUDA_VISIBLE_DEVICES= the same program tests the CPU engine, as the others do.
+const char* const visible = std::getenv("CUDA_VISIBLE_DEVICES");
+const bool emulated = GEMMA_EMULATED && (!visible || *visible);
 #ifdef __SANITIZE_ADDRESS__  // the same lines, and a tenth of the speed: fewer rows of equalities
 constexpr bool sanitized = true;
 #else
@@ -470,27 +472,33 @@ TEST_CASE("the logprobs of a prompt are those with which it was generated") {
     }
 }
 
-// Prints a hash of every bit that a crowd's results have: ./dev sanitize compares builds for
-// processors with other vector widths (AVX-512, AVX2, none), which must agree.
-TEST_CASE("bits", "[.][bits]") {
-    uint64_t hash = 14695981039346656037u;  // FNV-1a
+// Hash of every bit that a crowd's results have.
+uint64_t hash_of_crowd(const char* name, Device device, uint64_t hash) {
     const auto add = [&](const auto& value) {
         unsigned char bytes[sizeof value];
         std::memcpy(bytes, &value, sizeof value);
-        for (const unsigned char byte : bytes) hash = (hash ^ byte) * 1099511628211u;
+        for (const unsigned char byte : bytes) hash = (hash ^ byte) * 1099511628211u;  // FNV-1a
     };
-    for (const char* name : {"1b", "4b", "27b"}) {
-        Engine engine(golden / name, Device::cpu);
-        const auto sequences = crowd(engine.checkpoint.config, 16, 11);
-        for (const Results& results :
-             results_of(*engine.model, limits_of(engine.checkpoint.config), sequences)) {
-            for (const Result& r : results) {
-                add(r.id), add(r.logprob), add(r.rank);
-                for (const auto& top : r.top) add(top.id), add(top.logprob);
-            }
+    Engine engine(golden / name, device);
+    const auto sequences = crowd(engine.checkpoint.config, 16, 11);
+    for (const Results& results :
+         results_of(*engine.model, limits_of(engine.checkpoint.config), sequences)) {
+        for (const Result& r : results) {
+            add(r.id), add(r.logprob), add(r.rank);
+            for (const auto& top : r.top) add(top.id), add(top.logprob);
         }
     }
-    std::printf("bits %016lx\n", static_cast<unsigned long>(hash));
+    return hash;
+}
+
+// Prints a hash for each engine, to compare builds. ./dev sanitize does, for processors with other
+// vector widths (AVX-512, AVX2, none), which must agree; so must a change that changes no bit.
+TEST_CASE("bits", "[.][bits]") {
+    for (const Device device : devices()) {
+        uint64_t hash = 14695981039346656037u;
+        for (const char* name : {"1b", "4b", "27b"}) hash = hash_of_crowd(name, device, hash);
+        std::printf("bits %s %016lx\n", name_of(device), static_cast<unsigned long>(hash));
+    }
 }
 
 // [sampler] --------------------------------------------------------------------------------------

@@ -757,6 +757,8 @@ TEST_CASE("flags that end the program say why", "[http]") {
         [["--no-such-flag", "1"], "", 1, ["--no-such-flag is not a flag", "--max-num-seqs"]],
         [["-h"], "", 0, ["gemma-server [MODEL]"]],
         [["--version"], "", 0, ["gemma-server 0."]],
+        [["--port", "80", "--check"], "", 0, []],
+        [["--port", "x", "--check"], "", 1, ["port must be an integer"]],
         [["-p", "1"], "", 1, ["-p is not a flag: flags begin with --"]],
         [["--served-model-name", "a", "-p", "9000"], "", 1, ["-p is not a flag"]],
         [["--port"], "", 1, ["--port needs a value"]],
