@@ -123,7 +123,7 @@ struct Setup {
 
 using Book = std::map<std::string, std::pair<int, double>>;  // of a Stream
 
-Book book_of(CudaModel& model, const StepShape\& shape) {
+Book book_of(CudaModel& model, const StepShape& shape) {
     Book book;
     model.stream.book = &book;
     model.forward(shape);
