@@ -784,7 +784,7 @@ TEST_CASE("flags that end the program say why", "[http]") {
             ["1000", "32 pages", "room for 8"]],
         [["--num-gpu-blocks-override", "1"], "PORT=0", 1, ["does not fit", "room for 0"]],
         [["--model", "nobody/nothing", "--port", "0"], "HF_HOME=/no/such/folder", 1,
-            ["nobody/nothing", "/no/such/folder/hub", "hf download nobody/nothing"]]
+            ["nobody/nothing", "/no/such/folder/hub", "./dev fetch nobody/nothing"]]
     ])");
     for (const json& row : table) {
         Strings words{demo, "--device=cpu"};
