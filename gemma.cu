@@ -8,7 +8,6 @@
 //   [3] Memory               weights, activations, pages
 //   [4] Packing              a Batch becomes arrays on the device
 //   [5] Steps                a decode step replays a CUDA graph
-//   [6] Which GPU
 //
 // The products, attention and sampling lie in linear.cuh, attention.cuh and sample.cuh (sitting 2).
 // Each kernel's plain twin stands in reference.cpp.
@@ -45,8 +44,10 @@ constexpr int most_outputs = 256;  // rows of logits at a time
 struct StepShape {
     int N = 0, R = 0, outputs = 0, tiles = 0;
     bool adjusted = false, logprobs = false;  // whether any output has adjustments, wants logprobs
-    // Rows whose parts of chunks have room in most_slots together; chunks by Pool. Groups are
-    // attended one after the other. None, if no row has one token.
+    // Neighbouring rows that attend_rows takes in one launch: the chunks of their rows of one token
+    // have room in most_slots (counted in the global pool; the local one never has more). Longer
+    // rows in between have no chunks. No span, if no row has one token. `chunks`, by Pool, only
+    // counts bytes: a graph keeps the value of its capture, so no grid may depend on it.
     struct Span {
         int first_row, rows, chunks[2];
     };
@@ -105,6 +106,7 @@ class CudaModel : public Model {
     void pack_rows(const Batch& batch, StepShape& shape);
     void pack_pages(const Batch& batch, const StepShape& shape);
     void pack_outputs(const Batch& batch, StepShape& shape);
+    void pack_choices(const Batch& batch);
     template <class T>
     T* add_input(const T*& device, size_t count);
     void replay(const StepShape& shape);
@@ -148,7 +150,7 @@ void CudaModel::forward(const StepShape& shape) {
     const int N = shape.N, D = c.D, F = c.F, HE = c.H * c.E, GE = c.G * c.E;
     const RopeTables rope{inv_freq.data, {cos_sin[0].data, cos_sin[1].data}};
     Stream& s = stream;
-    s.first = true;
+    s.first = true;  // so embed waits for the whole step before
     embed(s, h.data, rope, w.embed, tables.tokens, tables.positions, N, D, c.E, c.embed_scale);
     for (int i = 0; i < c.L; i++) {
         const DeviceLayer& l = w.layers[size_t(i)];
@@ -159,11 +161,11 @@ void CudaModel::forward(const StepShape& shape) {
             add_norm(N, F, w.layers[size_t(i) - 1].post_ffn_norm, l.input_norm);
         }
         linear(s, "qkv", Store::rows_bf16, qkv.data, x.data, l.qkv, N, D, HE + 2 * GE);
-        if (shape.tiles > 0) {
+        if (shape.tiles > 0) {  // rows of several tokens; write_kv skips the others
             write_kv(s, a);
             attend_tiles(s, a, shape.tiles);  // [N, HE]
         }
-        for (const auto& span : shape.spans)
+        for (const auto& span : shape.spans)  // rows of one token, which write their own k and v
             attend_rows(s, a, span.first_row, span.rows, span.chunks[a.pool]);
         linear(s, "o", Store::parts_fp32, parts.data, attended.data, l.o, N, HE, D, groups_of(HE));
         add_norm(N, HE, l.post_attention_norm, l.pre_ffn_norm);
@@ -175,16 +177,17 @@ void CudaModel::forward(const StepShape& shape) {
 
 // x = the norm of h and the branch that a matrix with K inputs made; K 0: no branch.
 void CudaModel::add_norm(int N, int K, const bf16* post, const bf16* pre) {
-    Norm a{};
-    a.x = x.data;
-    a.h = a.h_out = h.data;
-    a.parts = K ? parts.data : nullptr;
-    a.count = K ? groups_of(K) : 0;
-    a.h_rows = N;
-    a.post = post;
-    a.pre = pre;
-    a.D = c.D;
-    a.eps = c.eps;
+    const Norm a{x.data,
+                 h.data,
+                 /*h_out=*/h.data,
+                 K ? parts.data : nullptr,
+                 K ? groups_of(K) : 0,
+                 /*h_rows=*/N,
+                 post,
+                 pre,
+                 /*rows=*/nullptr,
+                 c.D,
+                 c.eps};
     norm(stream, N, a);
 }
 
@@ -193,17 +196,17 @@ void CudaModel::add_norm(int N, int K, const bf16* post, const bf16* pre) {
 void CudaModel::lm_head(const StepShape& shape) {
     for (int first = 0; first < shape.outputs; first += most_outputs) {
         const int count = std::min(most_outputs, shape.outputs - first);
-        Norm a{};
-        a.x = x.data;
-        a.h = h.data;
-        a.parts = parts.data;
-        a.count = groups_of(c.F);
-        a.h_rows = shape.N;
-        a.post = w.layers.back().post_ffn_norm;
-        a.pre = w.norm;
-        a.rows = tables.output_token + first;
-        a.D = c.D;
-        a.eps = c.eps;
+        const Norm a{x.data,
+                     h.data,
+                     /*h_out=*/nullptr,
+                     parts.data,
+                     groups_of(c.F),
+                     /*h_rows=*/shape.N,
+                     w.layers.back().post_ffn_norm,
+                     w.norm,
+                     tables.output_token + first,
+                     c.D,
+                     c.eps};
         norm(stream, count, a);
         linear(stream, "lm_head", Store::parts_fp32, logits.data, x.data, w.embed, count, c.D, c.V);
         sample(stream,
@@ -394,7 +397,8 @@ KvMemory CudaModel::kv_memory() const {
     size_t free_bytes, total;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
     const double room = options.memory_utilization * double(total) - double(total - free_bytes);
-    return {uint64_t(std::max(0., room)),
+    // A step's inputs grow later, with the longest row: 8 bytes a page and row, and the bitsets.
+    return {uint64_t(std::max(0., room - double(64 << 20))),
             {page_size(local_pool) * sizeof(bf16), page_size(global_pool) * sizeof(bf16)}};
 }
 
@@ -441,22 +445,29 @@ StepShape CudaModel::pack(const Batch& b, int bucket) {
     shape.outputs = bucket ? bucket : int(b.outputs.size());
     reserve_inputs(b, shape);
     inputs_used = 0;
-    // A graph keeps the addresses of its capture. So what varies in size within a bucket comes
-    // last: the page table, and behind it what no graph reads.
-    pack_rows(b, shape);
-    pack_outputs(b, shape);
+    // A graph keeps the addresses of its capture, so the order is a rule:
+    pack_rows(b, shape);     // 1. sizes follow from N, R and outputs, which a bucket fixes: tables
+    pack_outputs(b, shape);  //    are added here, and their bytes in reserve_inputs
+    pack_pages(b, shape);    // 2. grows with the longest row, so it is the last that a graph reads
+    pack_choices(b);         // 3. adjustments and bitsets, which no graph may read (bucket_of)
     CUDA(cudaMemcpyAsync(device_inputs.data, inputs.data, inputs_used, cudaMemcpyHostToDevice,
                          stream.stream));
     return shape;
 }
 
-void CudaModel::reserve_inputs(const Batch& b, const StepShape& shape) {
-    const auto N = size_t(shape.N), R = size_t(shape.R), outputs = size_t(shape.outputs);
+// {adjustments of all outputs, words of their bitsets}
+std::pair<size_t, size_t> count_choices(const Batch& b) {
     size_t adjusted = 0, words = 0;
     for (const Output& o : b.outputs) {
         adjusted += o.adjustments.size();
         if (o.allowed) words += o.allowed->size();
     }
+    return {adjusted, words};
+}
+
+void CudaModel::reserve_inputs(const Batch& b, const StepShape& shape) {
+    const auto N = size_t(shape.N), R = size_t(shape.R), outputs = size_t(shape.outputs);
+    const auto [adjusted, words] = count_choices(b);
     constexpr size_t arrays = 16;  // at most; each begins at a multiple of 16 bytes
     const size_t bytes = (3 * N + 4 * (R + 1) + outputs + words) * sizeof(int) +
                          size_t(b.pages_per_row) * R * sizeof(PagePair) + outputs * sizeof(Ask) +
@@ -475,7 +486,7 @@ T* CudaModel::add_input(const T*& device, size_t count) {
     T* const host = reinterpret_cast<T*>(inputs + inputs_used);
     device = reinterpret_cast<const T*>(device_inputs + inputs_used);
     inputs_used += (count * sizeof(T) + 15) / 16 * 16;
-    assert(inputs_used <= inputs.size);
+    if (inputs_used > inputs.size) throw std::logic_error("reserve_inputs counts too few bytes");
     std::memset(static_cast<void*>(host), 0, count * sizeof(T));
     return host;
 }
@@ -505,6 +516,7 @@ void CudaModel::pack_rows(const Batch& b, StepShape& shape) {
             chunks[global_pool] = chunk + 1;
             chunks[local_pool] = chunk + 1 - from;
         }
+        // A tile has query_rows rows: tokens by the heads that share a KV head.
         const int tiles = count > 1 ? ceil_div(count, query_rows / (c.H / c.G)) : 0;
         tile_start[r + 1] = tile_start[r] + tiles;
         if (span.chunks[global_pool] + chunks[global_pool] > most_slots) {
@@ -521,6 +533,8 @@ void CudaModel::pack_rows(const Batch& b, StepShape& shape) {
     shape.tiles = tile_start[R];
 }
 
+// [pages][R], the transpose of Batch's: then an entry's address depends on R, which a bucket fixes,
+// and not on the longest row.
 void CudaModel::pack_pages(const Batch& b, const StepShape& shape) {
     const auto rows = b.row_start.size() - 1;
     const auto R = size_t(shape.R), pages = size_t(b.pages_per_row);
@@ -536,28 +550,18 @@ void CudaModel::pack_pages(const Batch& b, const StepShape& shape) {
 
 void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
     const auto outputs = size_t(shape.outputs);
-    size_t adjusted = 0, words = 0;
-    for (const Output& o : b.outputs) {
-        adjusted += o.adjustments.size();
-        if (o.allowed && o.target < 0) words += o.allowed->size();
-    }
     int* const output_token = add_input(tables.output_token, outputs);
     Ask* const ask = add_input(asks, outputs);
-    pack_pages(b, shape);
-    DeviceAdjustment* const adjustment = add_input(adjustments, adjusted);
-    uint32_t* const bits = add_input(allowed, words);
-    int next_adjustment = 0, next_word = 0;
+    int next_adjustment = 0, next_word = 0;  // as pack_choices lays them out
     for (size_t i = 0; i < b.outputs.size(); i++) {
         const Output& o = b.outputs[i];
         output_token[i] = o.token;
         ask[i] = ask_of(o);
         ask[i].first_adjustment = next_adjustment;
         ask[i].adjustments = int(o.adjustments.size());
-        for (const Adjustment& made : o.adjustments)
-            adjustment[next_adjustment++] = {made, /*raw=*/0};
-        if (o.allowed && o.target < 0) {
-            ask[i].allowed = next_word;
-            std::copy(o.allowed->begin(), o.allowed->end(), bits + next_word);
+        next_adjustment += int(o.adjustments.size());
+        if (o.allowed) {
+            if (o.target < 0) ask[i].allowed = next_word;
             next_word += int(o.allowed->size());
         }
         if (!o.adjustments.empty() && o.target < 0) shape.adjusted = true;
@@ -565,6 +569,20 @@ void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
     }
     // Outputs that fill a bucket choose among all ids, and nobody reads their choice.
     for (size_t i = b.outputs.size(); i < outputs; i++) ask[i].allowed = -1;
+}
+
+// What the outputs' choices depend on, one output's behind the other's.
+void CudaModel::pack_choices(const Batch& b) {
+    const auto [adjusted, words] = count_choices(b);
+    DeviceAdjustment* adjustment = add_input(adjustments, adjusted);
+    uint32_t* bits = add_input(allowed, words);
+    for (const Output& o : b.outputs) {
+        for (const Adjustment& made : o.adjustments) {
+            *adjustment = {made, /*raw=*/0};
+            adjustment++;
+        }
+        if (o.allowed) bits = std::copy(o.allowed->begin(), o.allowed->end(), bits);
+    }
 }
 
 // [5] Steps ---------------------------------------------------------------------------------------
@@ -596,7 +614,8 @@ void CudaModel::replay(const StepShape& shape) {
         CUDA(cudaGraphDestroy(captured));
         found = graphs.insert({shape.R, {exec, tables.pages}}).first;
     }
-    // The page table is the last input that a graph reads: if it lies where it lay, all do.
+    // The page table is the last input that a graph reads (see pack): if it lies where it lay, so
+    // do those before it.
     if (found->second.pages != tables.pages)
         throw std::logic_error("the inputs that a graph reads have moved");
     CUDA(cudaGraphLaunch(found->second.exec, stream.stream));
@@ -625,7 +644,7 @@ Results CudaModel::step(const Batch& b) {
     Results results(b.outputs.size());
     for (size_t i = 0; i < results.size(); i++) {
         results[i].id = ids.data[i];
-        const int wanted = b.outputs[i].sampling.logprobs;
+        const int wanted = b.outputs[i].sampling.logprobs;  // at most 20, as Details has room for
         if (b.outputs[i].target < 0 && wanted < 0) continue;
         const Details& d = details.data[i];
         results[i].logprob = d.logprob;
@@ -636,38 +655,7 @@ Results CudaModel::step(const Batch& b) {
     return results;
 }
 
-// [6] Which GPU -----------------------------------------------------------------------------------
-
-std::string version(int v) { return text("%d.%d", v / 1000, v % 1000 / 10); }
-
 }  // namespace
-
-std::string cuda_missing() {
-    int driver = 0, runtime = 0, count = 0;
-    CUDA(cudaRuntimeGetVersion(&runtime));
-    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-        return "there is no NVIDIA driver: install one, or go on without";
-    const cudaError_t error = cudaGetDeviceCount(&count);
-    if (error == cudaErrorInsufficientDriver) {
-        return text(
-            "the NVIDIA driver is for CUDA %s and this build for %s: update the driver, or "
-            "build with an older toolkit",
-            version(driver).c_str(), version(runtime).c_str());
-    }
-    if (error != cudaSuccess || count == 0)
-        return text("no NVIDIA GPU can be used: %s", cudaGetErrorString(error));
-    cudaDeviceProp gpu;
-    CUDA(cudaGetDeviceProperties(&gpu, 0));
-    if (gpu.major >= 8) return "";
-    return text("%s has compute capability %d.%d, and the kernels need 8.0 (Ampere) or newer",
-                gpu.name, gpu.major, gpu.minor);
-}
-
-int cuda_step_tokens() {  // vLLM's rule
-    size_t free_bytes, total;
-    CUDA(cudaMemGetInfo(&free_bytes, &total));
-    return total >= size_t(70) << 30 ? 8192 : 2048;
-}
 
 std::unique_ptr<Model> open_cuda(const Checkpoint& checkpoint, const CudaOptions& options) {
     int driver, runtime;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// weights.cuh: memory of the device, and the weights' way into it. Beside the path; included by
-// gemma.cu.
+// weights.cuh: whether there is a GPU, its memory, and the weights' way into it. Beside the path;
+// included by gemma.cu.
 #pragma once
 
 #include <algorithm>
@@ -180,5 +180,35 @@ inline void DeviceWeights::upload(const std::vector<DeviceMatrix>& all) {
     for (size_t i = 0; i < std::min<size_t>(6, jobs.size()); i++) threads.emplace_back(work);
 }
 
+std::string version(int v) { return text("%d.%d", v / 1000, v % 1000 / 10); }
+
 }  // namespace
+
+std::string cuda_missing() {
+    int driver = 0, runtime = 0, count = 0;
+    CUDA(cudaRuntimeGetVersion(&runtime));
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return "there is no NVIDIA driver: install one, or go on without";
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaErrorInsufficientDriver) {
+        return text(
+            "the NVIDIA driver is for CUDA %s and this build for %s: update the driver, or "
+            "build with an older toolkit",
+            version(driver).c_str(), version(runtime).c_str());
+    }
+    if (error != cudaSuccess || count == 0)
+        return text("no NVIDIA GPU can be used: %s", cudaGetErrorString(error));
+    cudaDeviceProp gpu;
+    CUDA(cudaGetDeviceProperties(&gpu, 0));
+    if (gpu.major >= 8) return "";
+    return text("%s has compute capability %d.%d, and the kernels need 8.0 (Ampere) or newer",
+                gpu.name, gpu.major, gpu.minor);
+}
+
+int cuda_step_tokens() {  // vLLM's rule
+    size_t free_bytes, total;
+    CUDA(cudaMemGetInfo(&free_bytes, &total));
+    return total >= size_t(70) << 30 ? 8192 : 2048;
+}
+
 }  // namespace gemma
