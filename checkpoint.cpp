@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // checkpoint.cpp: a model directory of Hugging Face becomes Config, SamplingDefaults and Weights.
+// Beside the path.
 //
 //     find_model("google/gemma-3-1b-it") -> directory        Checkpoint(directory) -> all of it
 //

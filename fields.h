@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // fields.h: one table drives parsing, null, ranges, error texts and help, for the fields of
-// requests (server.cpp) and for flags (main.cpp). Every number from outside passes `assign` once,
-// with its range, before it can become a size or an index.
+// requests (request.cpp) and for flags (main.cpp). Sitting 3. Every number from outside passes
+// `assign` once, with its range, before it can become a size or an index.
 #pragma once
 
 #include <charconv>
@@ -14,7 +14,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "gemma.h"
+#include "http.h"
+#include "log.h"
 
 namespace gemma {
 
@@ -48,6 +49,7 @@ struct Field {
         member;
     double low = 0, high = 0;  // of a number, or of the members of a list; of strings: how many
     const char* help = "";
+    bool without_effect = false;  // read and checked, and said so
 };
 
 constexpr double no_limit = std::numeric_limits<double>::infinity();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// http.cpp: the wire. cpp-httplib parses and writes HTTP; what keeps it safe among strangers is
-// here and nowhere else, and holds for Debian 12's version (0.11.4) as for newer ones:
+// http.cpp: the wire. Sitting 3, first. cpp-httplib parses and writes HTTP; what keeps it safe
+// among strangers is here and nowhere else, and holds for Debian 12's version (0.11.4) as for newer
+// ones:
 //
 //   [1] Connection   every byte that is read is counted, and has a deadline
 //   [2] Crowd        a thread for each connection; how many there may be, and how much of bodies
@@ -32,6 +33,7 @@
 #include <openssl/sha.h>
 
 #include "gemma.h"
+#include "http.h"
 
 namespace gemma {
 
@@ -57,10 +59,11 @@ class Connection : public httplib::Stream {
     }
     Connection(const Connection&) = delete;
 
-    static thread_local Connection* here;  // the one that this thread serves
+    // The one that this thread serves, for read_body: the library hands nothing through.
+    static thread_local Connection* here;
 
     bool late() const { return Clock::now() >= deadline; }
-    // The head is whole. A body in chunks of a byte takes six times its size.
+    // The head is whole. A body in chunks of a byte takes six times its size; 8 to be sure.
     void expect_body() { allowed = taken + 8 * max_body; }
 
     ssize_t read(char* to, size_t size) override {
@@ -79,14 +82,16 @@ class Connection : public httplib::Stream {
         }
     }
 
-    // Is the client still there? Its FIN, or a reset, says no; also behind unread bytes.
+    // Is the client still there? Its FIN, or a reset, says no, also behind unread bytes. So who
+    // closes its sending side after the request counts as gone (README, Limits).
     bool is_peer_alive() const { return !(events(0, 0ms) & (POLLRDHUP | POLLHUP | POLLERR)); }
     bool is_writable() const { return is_peer_alive(); }  // as 0.11.4 and 0.18.7 call it
     bool is_readable() const override { return at < end || wait(POLLIN, 0ms); }
     int socket() const override { return fd; }
     void get_remote_ip_and_port(std::string&, int&) const override {}
     void get_local_ip_and_port(std::string&, int&) const override {}
-    // What versions from 0.41 on ask besides; so these, virtual in some, say no `override`.
+    // What versions from 0.41 on ask besides, the image's among them; virtual in some only, so
+    // these say no `override`.
     bool wait_readable() const { return at < end || wait(POLLIN, patience); }
     bool wait_writable() const { return wait(POLLOUT, patience); }
     time_t duration() const { return 0; }
@@ -106,7 +111,9 @@ class Connection : public httplib::Stream {
         if (most == 0 || !wait(POLLIN, left) || late()) return false;
         const ssize_t n = recv(fd, buffer, most, MSG_DONTWAIT);
         if (n <= 0) return false;
-        at = 0, end = size_t(n), taken += size_t(n);
+        at = 0;
+        end = size_t(n);
+        taken += size_t(n);
         return true;
     }
 
@@ -142,7 +149,9 @@ struct Crowd {
     std::set<int> open;   // guarded by mutex: their sockets
     bool closed = false;  // guarded by mutex: whoever still comes is sent away
 
-    static thread_local bool no_thread;  // the machine has none left: refuse in the loop's own
+    // True while the accept loop serves a connection itself, because std::thread failed; such a
+    // connection gets 503.
+    static thread_local bool no_thread;
 
     void count(int change) {
         const std::lock_guard lock(mutex);
@@ -183,9 +192,9 @@ class Queue : public httplib::TaskQueue {
     const std::shared_ptr<Crowd> crowd;
 };
 
-// Memory of bodies until they are answered. Each has 64 KiB of its own; what is larger shares 32
-// MiB, and waits in its socket while these are taken. The oldest never waits, so that they cannot
-// wait for each other.
+// Memory of bodies until they are answered. Each has 64 KiB of its own. Larger bodies share 32 MiB;
+// while these are taken, their sockets are not read. The oldest reader may go beyond them,
+// otherwise two half-read bodies could block each other for ever.
 class Budget {
   public:
     class Share {
@@ -203,12 +212,16 @@ class Budget {
             const size_t own = 64 << 10, more = size > own + taken ? size - own - taken : 0;
             if (more == 0) return true;
             std::unique_lock lock(budget.mutex);
-            if (number == 0) budget.shares.insert(number = ++budget.last);
-            if (!budget.changed.wait_for(lock, patience, [&] {
-                    return budget.left >= int64_t(more) || *budget.shares.begin() == number;
-                }))
-                return false;
-            taken += more, budget.left -= int64_t(more);
+            if (number == 0) {
+                number = ++budget.last;
+                budget.shares.insert(number);
+            }
+            const auto may_go_on = [&] {
+                return budget.left >= int64_t(more) || *budget.shares.begin() == number;
+            };
+            if (!budget.changed.wait_for(lock, patience, may_go_on)) return false;
+            taken += more;
+            budget.left -= int64_t(more);
             return true;
         }
 
@@ -261,7 +274,7 @@ void refuse_with(httplib::Response& res, const Refusal& r) {
 
 bool same(const std::string& a, const char* b) { return strcasecmp(a.c_str(), b) == 0; }
 
-// Takes as long for any key of the client's.
+// Constant time: how long it takes says nothing about the key.
 bool equal_secrets(const std::string& a, const std::string& b) {
     unsigned char hash[2][SHA256_DIGEST_LENGTH];
     SHA256(reinterpret_cast<const unsigned char*>(a.data()), a.size(), hash[0]);
@@ -470,7 +483,8 @@ struct HttpServer::Library : httplib::Server {
                     say(std::string("an answer ended with ") + e.what(), Severity::error);
                     return false;
                 }
-                if (!sink.is_writable()) return false;  // a write is the last to hear of a FIN
+                // Ask first: writing to a closed peer succeeds until its reset arrives.
+                if (!sink.is_writable()) return false;
                 if (!out.empty() && !sink.write(out.data(), out.size())) return false;
                 if (!goes_on) sink.done();
                 return true;

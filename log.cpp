@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// log.cpp: what log.h promises. Field names and severities are Cloud Logging's ("Structured
-// logging" in its documentation).
+// log.cpp: what log.h promises. Beside the path. Field names and severities are Cloud Logging's
+// ("Structured logging" in its documentation).
 #include "log.h"
 
 #include <cctype>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // main.cpp: from a command line to a server that answers, and from SIGTERM to the last answer.
+// Beside the path.
 //
 //   [1] Flags
 //   [2] Memory    who gets how many pages
@@ -21,6 +22,7 @@
 
 #include "fields.h"
 #include "gemma.h"
+#include "server.h"
 
 namespace gemma {
 
@@ -52,12 +54,12 @@ const std::vector<Field<Options>> flags{
     {"enable-prompt-tokens-details", &Options::prompt_tokens_details, 0, 0,
      "usage says how many tokens of a prompt were cached"},
     {"enable-server-load-tracking", &Options::load_tracking, 0, 0,
-     "accepted without effect: /load always counts"},
+     "accepted without effect: /load always counts", true},
     {"disable-log-requests", &Options::disable_log_requests, 0, 0,
      "no line in the log for each generation"},
     {"check", &Options::check, 0, 0, "check the flags, and end"},
-    {"block-size", &Options::block_size, 1, 1024,
-     "accepted without effect: a page holds 32 tokens"},
+    {"block-size", &Options::block_size, 1, 1024, "accepted without effect: a page holds 32 tokens",
+     true},
 };
 
 std::string help() {
@@ -99,9 +101,9 @@ json read_length(const Field<Options>& f, const std::string& value) {
 void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
     const auto& f = find_flag(name);
     if (std::count(values.begin(), values.end(), "")) refuse("", "--%s: a value is empty", f.name);
+    if (f.without_effect) say("--" + name + ": " + f.help);
     if (values.empty() && is_switch(f)) return assign(options, f, true);
     if (values.empty()) refuse(f.name, "--%s needs a value", f.name);
-    if (std::string_view(f.help).starts_with("accepted")) say("--" + name + ": " + f.help);
     if (is_list(f)) return assign(options, f, values);
     assign(options, f, name == "max-model-len" ? read_length(f, values[0]) : json(values[0]));
 }
@@ -167,11 +169,11 @@ Options parse_flags(const std::vector<std::string>& args) try {
 // [2] Memory --------------------------------------------------------------------------------------
 
 // Splits an engine's memory between the pools (docs/design.md, "Pages"), and finds max_model_len.
-struct Plan {
+struct MemorySplit {
     Limits limits;
     int max_model_len;
 };
-Plan plan_memory(const Config& c, const Options& o, const KvMemory& memory) {
+MemorySplit split_memory(const Config& c, const Options& o, const KvMemory& memory) {
     Limits limits{int(o.max_num_seqs), int(o.max_num_batched_tokens), c.W, {0, 0}};
     const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
     const int64_t window = (c.W + page_tokens - 2) / page_tokens + 1,
@@ -277,7 +279,7 @@ void load(Loaded& loaded, Options o, Service& service) {
             text("%s/tokenizer.model: found %d pieces, expected at most the %d of the weights",
                  directory.c_str(), tokenizer.size(), checkpoint.config.V));
     }
-    const auto [limits, max_model_len] = plan_memory(checkpoint.config, o, model->kv_memory());
+    const auto [limits, max_model_len] = split_memory(checkpoint.config, o, model->kv_memory());
     model->allocate_pages(limits.pages);
     const SamplingDefaults& d = checkpoint.defaults;
     say(
@@ -362,10 +364,10 @@ int serve(const Options& options) {
     const bool open = service.leave();
     if (open) say("shutting down: what runs has 8 s to end");
     if (open && !service.drained(to_end)) {
-        service.cut();
+        service.cut = true;
         service.drained(to_cut);
     }
-    // Threads that are still at work must not see their ground taken away.
+    // If any thread may still use these objects, exit without destroying them.
     if (!http.stop() || !open || !service.rests(to_cut)) std::_Exit(failed);
     loading.join();
     return failed;

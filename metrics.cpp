@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // metrics.cpp: what /metrics shows, in vLLM's names, as one table; and Prometheus' text of it.
+// Beside the path.
 #include <cstring>
 #include <variant>
 
-#include "gemma.h"
+#include "log.h"
+#include "metrics.h"
 
 namespace gemma {
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // reference.cpp: Gemma 3's forward in plain loops. The formula beside every kernel of gemma.cu, the
-// oracle of the tests, and the engine where there is no GPU.
+// oracle of the tests, and the engine where there is no GPU. Beside the path; in sitting 2 each
+// kernel's twin is read here.
 //
 // Weights are bf16 as they lie in the file; everything else, K and V too, is fp32, so that only the
 // order of sums differs from Hugging Face's fp32 run.
@@ -189,12 +190,12 @@ void linear(float* y, const float* x, const bf16* w, i64 N, i64 K, i64 M) {
 
 inline float widen(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 
-// x[n, :] = embed[token[n], :] * sqrt(D)
-void embed(float* x, const bf16* table, const int* tokens, i64 N, i64 D, float scale) {
+// h[n, :] = embed[token[n], :] * sqrt(D)
+void embed(float* h, const bf16* table, const int* tokens, i64 N, i64 D, float scale) {
 #pragma omp for
     for (int n = 0; n < N; n++) {
         const bf16* row = table + tokens[n] * D;
-        for (int d = 0; d < D; d++) x[n * D + d] = widen(row[d]) * scale;
+        for (int d = 0; d < D; d++) h[n * D + d] = widen(row[d]) * scale;
     }
 }
 
@@ -211,13 +212,13 @@ void rmsnorm(float* y, const float* x, const bf16* w, i64 N, i64 D, float eps) {
     for (int n = 0; n < N; n++) rmsnorm_row(y + n * D, x + n * D, w, D, eps);
 }
 
-// x += rmsnorm(branch, w): the branch is normed before it is added. The branch is overwritten.
-void add_rmsnorm(float* x, float* branch, const bf16* w, i64 N, i64 D, float eps) {
+// h += rmsnorm(branch, w): the branch is normed before it is added. The branch is overwritten.
+void add_rmsnorm(float* h, float* branch, const bf16* w, i64 N, i64 D, float eps) {
 #pragma omp for
     for (int n = 0; n < N; n++) {
         float* b = branch + n * D;
         rmsnorm_row(b, b, w, D, eps);
-        for (int d = 0; d < D; d++) x[n * D + d] += b[d];
+        for (int d = 0; d < D; d++) h[n * D + d] += b[d];
     }
 }
 
@@ -458,7 +459,7 @@ class CpuModel : public Model {
     std::vector<int> layer_in_pool;  // [L]
     std::unique_ptr<float[], Free> kv[2];
     std::vector<int> row_of;        // [N]
-    std::vector<float> x, h;        // [N, D]
+    std::vector<float> h, x;        // [N, D] residual stream, and its norm; x also a branch
     std::vector<float> q, a;        // [N, H*E]
     std::vector<float> k, v;        // [N, G*E]
     std::vector<float> gate, up;    // [N, F]
@@ -469,7 +470,7 @@ class CpuModel : public Model {
 
 void CpuModel::resize(int N, int outputs) {
     const size_t n = size_t(N), o = size_t(outputs);
-    for (auto* xs : {&x, &h}) xs->resize(n * c.D);
+    for (auto* each : {&h, &x}) each->resize(n * c.D);
     for (auto* xs : {&q, &a}) xs->resize(n * c.H * c.E);
     for (auto* xs : {&k, &v}) xs->resize(n * c.G * c.E);
     for (auto* xs : {&gate, &up}) xs->resize(n * c.F);
@@ -538,27 +539,27 @@ void CpuModel::attention(const Batch& b, int layer) {
 void CpuModel::forward(const Batch& b) {
     const int N = int(b.tokens.size()), D = c.D, F = c.F, HE = c.H * c.E, GE = c.G * c.E;
     rope_tables(b);
-    embed(x.data(), w.embed, b.tokens.data(), N, D, c.embed_scale);
+    embed(h.data(), w.embed, b.tokens.data(), N, D, c.embed_scale);
     for (int i = 0; i < c.L; i++) {
         const Layer& l = w.layers[i];
-        rmsnorm(h.data(), x.data(), l.input_norm, N, D, c.eps);  // [N, D]
-        linear(q.data(), h.data(), l.q, N, D, HE);               // [N, D] -> [N, H*E]
-        linear(k.data(), h.data(), l.k, N, D, GE);
-        linear(v.data(), h.data(), l.v, N, D, GE);
+        rmsnorm(x.data(), h.data(), l.input_norm, N, D, c.eps);  // [N, D]
+        linear(q.data(), x.data(), l.q, N, D, HE);               // [N, D] -> [N, H*E]
+        linear(k.data(), x.data(), l.k, N, D, GE);
+        linear(v.data(), x.data(), l.v, N, D, GE);
 #pragma omp barrier
         qk_norm_rope_write(b, i);
         attention(b, i);                            // [N, H*E]
-        linear(h.data(), a.data(), l.o, N, HE, D);  // [N, H*E] -> [N, D]
+        linear(x.data(), a.data(), l.o, N, HE, D);  // [N, H*E] -> [N, D]
 #pragma omp barrier
-        add_rmsnorm(x.data(), h.data(), l.post_attention_norm, N, D, c.eps);
-        rmsnorm(h.data(), x.data(), l.pre_ffn_norm, N, D, c.eps);
-        linear(gate.data(), h.data(), l.gate, N, D, F);  // [N, D] -> [N, F]
-        linear(up.data(), h.data(), l.up, N, D, F);
+        add_rmsnorm(h.data(), x.data(), l.post_attention_norm, N, D, c.eps);
+        rmsnorm(x.data(), h.data(), l.pre_ffn_norm, N, D, c.eps);
+        linear(gate.data(), x.data(), l.gate, N, D, F);  // [N, D] -> [N, F]
+        linear(up.data(), x.data(), l.up, N, D, F);
 #pragma omp barrier
         geglu(gate.data(), up.data(), i64(N) * F);
-        linear(h.data(), gate.data(), l.down, N, F, D);  // [N, F] -> [N, D]
+        linear(x.data(), gate.data(), l.down, N, F, D);  // [N, F] -> [N, D]
 #pragma omp barrier
-        add_rmsnorm(x.data(), h.data(), l.post_ffn_norm, N, D, c.eps);
+        add_rmsnorm(h.data(), x.data(), l.post_ffn_norm, N, D, c.eps);
     }
 }
 
@@ -587,7 +588,7 @@ Results CpuModel::step(const Batch& b) {
 #pragma omp for
             for (int i = 0; i < count; i++) {
                 rmsnorm_row(last.data() + i * c.D,
-                            x.data() + size_t(b.outputs[first + i].token) * c.D, w.norm, c.D,
+                            h.data() + size_t(b.outputs[first + i].token) * c.D, w.norm, c.D,
                             c.eps);
             }
             linear(logits.data(), last.data(), w.embed, count, c.D, c.V);

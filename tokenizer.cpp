@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // tokenizer.cpp: text <-> ids by libsentencepiece, Gemma's chat template, and text as it streams.
-// A Tokenizer is const, so threads share it. Rules:
+// Sitting 2, last. A Tokenizer is const, so threads share it. Rules:
 //   - A control id (turn, image, <bos>, ...) gets into a prompt in two ways only: chat() puts it
 //     there, or encode_with_controls() finds it written out in a raw prompt. In text that is
 //     encoded the control pieces are out of SentencePiece's reach: no user can forge a turn.
@@ -9,6 +9,7 @@
 //     "\nHi" have other ids together than one by one.
 //   - Long text is not cut up: SentencePiece keeps its pairs in a heap, n log n.
 #include "gemma.h"
+#include "tokenizer.h"
 
 #include <filesystem>
 #include <fstream>

@@ -10,6 +10,7 @@
 #include <map>
 
 #include "tests/run.h"
+#include "tokenizer.h"
 
 using namespace gemma;
 

@@ -22,6 +22,7 @@
 #include <nlohmann/json.hpp>
 
 #include "run.h"
+#include "tokenizer.h"
 
 namespace bench {
 

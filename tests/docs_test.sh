@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 page=docs/afternoon.md status=0
 
-code=$(sed 's://.*$::' ./*.h ./*.cpp ./*.cu tests/*.h tests/*.cpp && cat dev)
+code=$(sed 's://.*$::' ./*.h ./*.cpp ./*.cu ./*.cuh tests/*.h tests/*.cpp && cat dev)
 words=$(grep -oE '[A-Za-z_][A-Za-z0-9_]*' <<<"$code" | sort -u)
 complain() { echo "$page: $1" >&2 && status=1; }
 

@@ -123,10 +123,10 @@ struct Setup {
 
 using Book = std::map<std::string, std::pair<int, double>>;  // of a Stream
 
-Book book_of(CudaModel& model, const Plan& plan) {
+Book book_of(CudaModel& model, const StepShape& shape) {
     Book book;
     model.stream.book = &book;
-    model.forward(plan);
+    model.forward(shape);
     model.stream.book = nullptr;
     CUDA(cudaStreamSynchronize(model.stream.stream));
     return book;
@@ -223,10 +223,10 @@ Rate decode(const Setup& s, int batch, int context, const Sampling& sampling) {
     Rate rate{};
     rate.step = steps(half);
     const Batch& b = scheduler.next();
-    const Plan plan = s.model.prepare(b, CudaModel::bucket_of(b));
+    const StepShape shape = s.model.pack(b, CudaModel::bucket_of(b));
     rate.bytes = step_bytes(s, b);
-    rate.device = device_time(s.model.stream, [&] { s.model.forward(plan); });
-    for (const auto& entry : book_of(s.model, plan)) rate.launches += entry.second.first;
+    rate.device = device_time(s.model.stream, [&] { s.model.forward(shape); });
+    for (const auto& entry : book_of(s.model, shape)) rate.launches += entry.second.first;
     scheduler.finish(s.model.step(b));
     rate.step = (rate.step + steps(half)) / (2 * half);
     return rate;
@@ -291,9 +291,9 @@ void prefill_rows(const Setup& s) {
 // several times over, so that a graph's own start does not count.
 void kernel_rows(const Setup& s, const std::string& step, const Batch& b, bool prompt) {
     CudaModel& model = s.model;
-    const Plan plan = model.prepare(b, CudaModel::bucket_of(b));
-    const double whole = device_time(model.stream, [&] { model.forward(plan); });
-    const Book book = book_of(model, plan);
+    const StepShape shape = model.pack(b, CudaModel::bucket_of(b));
+    const double whole = device_time(model.stream, [&] { model.forward(shape); });
+    const Book book = book_of(model, shape);
     double sum = 0;
     for (const auto& [name, launches_bytes] : book) {
         const auto [launches, bytes] = launches_bytes;
@@ -301,13 +301,13 @@ void kernel_rows(const Setup& s, const std::string& step, const Batch& b, bool p
         model.stream.only = name.c_str();
         const double seconds = device_time(model.stream,
                                            [&] {
-                                               for (int i = 0; i < times; i++) model.forward(plan);
+                                               for (int i = 0; i < times; i++) model.forward(shape);
                                            }) /
                                times;
         model.stream.only = nullptr;
         sum += seconds;
-        double flops = linear_flops(s.c, name) * plan.N * launches;
-        if (name == "attention of tiles") flops = attention_flops(s.c, plan.N);
+        double flops = linear_flops(s.c, name) * shape.N * launches;
+        if (name == "attention of tiles") flops = attention_flops(s.c, shape.N);
         const std::string rate = prompt && flops > 0
                                      ? text("%4.0f TFLOP/s", flops / seconds / 1e12)
                                      : text("%4.0f %%", 100 * bytes / s.bandwidth / seconds);

@@ -674,7 +674,7 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
             chunk_start.back() +
             (part.count == 1 ? last / chunk_keys - story.oldest(last) / chunk_keys + 1 : 0));
         tile_start.push_back(tile_start.back() +
-                             (part.count > 1 ? ceil_div(count, tile_rows / (H / G)) : 0));
+                             (part.count > 1 ? ceil_div(count, query_rows / (H / G)) : 0));
         if (part.count) {
             pages_per_row = std::max(pages_per_row, last / page_tokens + 1);
             all_pages += last / page_tokens + 1 - story.oldest(part.first) / page_tokens;
@@ -684,13 +684,13 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
     std::vector<int> ids(static_cast<size_t>(all_pages));
     std::iota(ids.begin(), ids.end(), 0);
     Random(uint64_t(all_pages)).shuffle(ids);
-    std::vector<int2> table(size_t(pages_per_row * R), make_int2(-1, -1));
+    std::vector<PagePair> table(size_t(pages_per_row * R), PagePair{-1, -1});
     std::vector<bf16> before(size_t(all_pages) * stride, bf16{0xffff});
     // Where token t's K (and V, transposed) lies for a row.
     const auto place = [&](int row, int t, int g) {
-        const int2 both = table[size_t(t / page_tokens * R + row)];
-        return size_t(pool == global_pool ? both.y : both.x) * stride + layer * first_in_page +
-               size_t(g) * 2 * page_tokens * size_t(E);
+        const PagePair both = table[size_t(t / page_tokens * R + row)];
+        return size_t(pool == global_pool ? both.global : both.local) * stride +
+               layer * first_in_page + size_t(g) * 2 * page_tokens * size_t(E);
     };
     const auto put = [&](std::vector<bf16>& pages, int row, int t) {
         for (int g = 0; g < G; g++) {
@@ -706,8 +706,9 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
         if (!part.count) continue;
         const int oldest = story.oldest(part.first);
         for (int i = oldest / page_tokens; i <= (part.first + part.count - 1) / page_tokens; i++) {
-            int2& both = table[size_t(i * R + r)];
-            (pool == global_pool ? both.y : both.x) = ids.back(), ids.pop_back();
+            PagePair& both = table[size_t(i * R + r)];
+            (pool == global_pool ? both.global : both.local) = ids.back();
+            ids.pop_back();
         }
         for (int t = oldest; t < part.first; t++) put(before, r, t);
     }
@@ -723,7 +724,7 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
         const Array<int> positions_(positions), row_of_(row_of), row_start_(row_start),
             chunk_start_(chunk_start), tile_start_(tile_start),
             none_(std::vector<int>(size_t(R + 1), 0));
-        const Array<int2> table_(table);
+        const Array<PagePair> table_(table);
         const Array<bf16> qkv_(qkv), q_norm(story.q_norm), k_norm(story.k_norm), pages(before),
             out_(size_t(padded * H) * size_t(E));
         const Array<float> cos_sin_(cos_sin), part_out(size_t(slots * H) * size_t(E));
@@ -925,17 +926,17 @@ struct Sampled {
     std::vector<float> logits;  // as they are after it
 };
 
-// As CudaModel::prepare and step do. Or with hashes of the caller's.
+// As CudaModel::pack and step do. Or with hashes of the caller's.
 Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
                          const std::vector<Output>& outputs,
                          const std::vector<uint64_t>& hashes = {}) {
-    std::vector<Request> requests;
+    std::vector<Ask> asks;
     std::vector<DeviceAdjustment> adjustments;
     std::vector<uint32_t> allowed;
     bool adjusted = false, logprobs = false;
     for (const Output& o : outputs) {
-        Request r = request_of(o);
-        r.first_adjustment = int(adjustments.size()), r.adjusted = int(o.adjustments.size());
+        Ask r = ask_of(o);
+        r.first_adjustment = int(adjustments.size()), r.adjustments = int(o.adjustments.size());
         for (const Adjustment& a : o.adjustments) adjustments.push_back({a, 0});
         if (o.allowed) {
             r.allowed = int(allowed.size());
@@ -943,8 +944,8 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
         }
         adjusted |= !o.adjustments.empty();
         logprobs |= o.target >= 0 || o.sampling.logprobs >= 0;
-        if (!hashes.empty()) r.hash = hashes[requests.size()];
-        requests.push_back(r);
+        if (!hashes.empty()) r.hash = hashes[asks.size()];
+        asks.push_back(r);
     }
     const auto count = outputs.size();
     Sampled sampled;
@@ -952,7 +953,7 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
     in_all_orders([&] {
         const Array<float> logits_(logits);
         const Array<uint64_t> best(count * size_t(ceil_div(vocab, block_ids)));
-        const Array<Request> requests_(requests);
+        const Array<Ask> asks_(asks);
         const Array<DeviceAdjustment> adjustments_(adjustments);
         const Array<uint32_t> allowed_(allowed);
         Memory<int, true> ids;
@@ -962,8 +963,8 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
         std::memset(static_cast<void*>(details.data), pattern, count * sizeof(Details));
         auto s = new_stream();
         sample(s,
-               {logits_, best, requests_, allowed_, adjustments_, ids.data, details.data,
-                int(count), V, vocab},
+               {logits_, best, asks_, allowed_, adjustments_, ids.data, details.data, int(count), V,
+                vocab},
                adjusted, logprobs);
         CUDA(cudaDeviceSynchronize());
         sampled.logits = logits_.read(), sampled.results.clear();
@@ -1278,9 +1279,9 @@ TEST_CASE("every launch of every size of the family is possible") {
                 }
                 if (N > most_outputs) continue;
                 linear(s, "", Store::parts_fp32, nullptr, nullptr, nullptr, N, c.D, c.V);
-                Choice choice{};
-                choice.outputs = N, choice.V = c.V, choice.vocab = 262144;
-                sample(s, choice, true, true);
+                SampleArgs args{};
+                args.outputs = N, args.V = c.V, args.vocab = 262144;
+                sample(s, args, true, true);
             }
         }
     }

@@ -8,6 +8,7 @@
 #include <map>
 
 #include "gemma.h"
+#include "scheduler.h"
 
 namespace gemma {
 
@@ -32,7 +33,7 @@ inline std::map<const Sequence*, Results> run(Model& model, Scheduler& scheduler
     for (;;) {
         const Batch& batch = scheduler.next();
         if (batch.tokens.empty()) return all;
-        for (Token& token : scheduler.finish(model.step(batch))) {
+        for (Delivery& token : scheduler.finish(model.step(batch))) {
             if (!token.of_prompt && token.sequence->max_tokens == 0) continue;  // a mere end
             all[token.sequence.get()].push_back(std::move(token.result));
         }

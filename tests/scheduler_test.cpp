@@ -465,7 +465,7 @@ class Machine {
         size_t next = 0, result = 0;
         const auto take = [&](const Job& job, bool of_prompt, const Result& want) {
             must(next < tokens.size(), "a token is missing");
-            const gemma::Token& token = tokens[next++];
+            const gemma::Delivery& token = tokens[next++];
             must(&job == &job_of(*token.sequence) && token.result.id == want.id &&
                      token.result.logprob == want.logprob && token.result.rank == want.rank,
                  "a token for another");
@@ -986,7 +986,7 @@ TEST_CASE("scheduler: a cancel while the model computes") {
 }
 
 TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
-    // The pools that plan_memory gives 16 rows of a window of 64: 3 local pages each, 3 for a step.
+    // The pools that split_memory gives 16 rows of a window of 64: 3 local pages each, 3 for a step.
     Scheduler scheduler({16, 64, 64, {16 * 3 + 3, 1000}});
     const auto add = [&](int prompt, int max_tokens) {
         auto s = std::make_shared<Sequence>();

@@ -18,6 +18,9 @@ using Catch::Approx;
 #include <string>
 
 #include "gemma.h"
+#include "http.h"
+#include "scheduler.h"
+#include "tokenizer.h"
 
 // The repository: tests read demo/model and tests/golden from it. CMake says where it is, or, to
 // tests that were built on another machine, $GEMMA_SOURCE_DIR.

@@ -62,7 +62,7 @@ void fill(Memory_& memory, const int (&table)[R][table_pages]) {
 void check(Pool pool, int row, int layer) {
     Memory_ memory;
     fill(memory, pool == local_pool ? local : global);
-    std::vector<int2> pages(size_t(table_pages * R));
+    std::vector<PagePair> pages(size_t(table_pages * R));
     for (int i = 0; i < table_pages; i++) {
         for (int r = 0; r < R; r++) pages[size_t(i * R + r)] = {local[r][i], global[r][i]};
     }

@@ -85,7 +85,7 @@ Seen play(Limits limits, int max_chunk, const std::vector<Ask>& asks) {
             amid += !done;
             (s.computed < s.prompt_tokens ? prompts : decodes) += count;
         }
-        for (const Token& t : scheduler.finish(results)) REQUIRE(t.sequence);
+        for (const Delivery& t : scheduler.finish(results)) REQUIRE(t.sequence);
         int& most = decodes ? seen.beside : seen.alone;
         most = std::max(most, prompts), seen.amid = std::max(seen.amid, amid);
         seen.steps++;
@@ -103,7 +103,7 @@ const std::vector<Ask> mixed{{0, 50, 40}, {1, 1000, 5}, {2, 30, 20}, {2, 20, 9},
 }  // namespace
 
 TEST_CASE("Limits has a max_chunk, and 0 changes nothing") {
-    REQUIRE(has_max_chunk<Limits>);  // yours: in gemma.h
+    REQUIRE(has_max_chunk<Limits>);  // yours: in scheduler.h
     const Seen seen = play(ample, 0, mixed);
     CHECK(seen.beside > 300);
 }

@@ -9,8 +9,8 @@
 //
 //     an id stays if its weight is at least  min(uint64_t(double(epsilon) * double(total)), 2^40)
 //
-// Some fifteen lines: gemma.h, `sample` in reference.cpp, `Request`, `request_of` and
-// `sample_kernel` in gemma.cu. Both engines must draw the same ids.
+// Some fifteen lines: gemma.h, `sample` in reference.cpp, `Ask`, `ask_of` and
+// `sample_kernel` in sample.cuh. Both engines must draw the same ids.
 #include "exercise.h"
 
 #include <set>
@@ -54,8 +54,8 @@ std::vector<Output> outputs_of(Sampling sampling, float epsilon, int count) {
 std::vector<int> on_gpu(const std::vector<float>& logits, int vocab,
                         const std::vector<Output>& outputs) {
     const auto V = int(logits.size());
-    std::vector<Request> requests;
-    for (const Output& o : outputs) requests.push_back(request_of(o));
+    std::vector<Ask> asks;
+    for (const Output& o : outputs) asks.push_back(ask_of(o));
     return in_all_orders([&] {
         std::vector<float> all;
         for (size_t i = 0; i < outputs.size(); i++)
@@ -64,8 +64,8 @@ std::vector<int> on_gpu(const std::vector<float>& logits, int vocab,
         std::vector<int> ids(outputs.size(), -1);
         gemma::Stream s;
         gemma::sample(s,
-                      {all.data(), best.data(), requests.data(), nullptr, nullptr, ids.data(),
-                       nullptr, int(outputs.size()), V, vocab},
+                      {all.data(), best.data(), asks.data(), nullptr, nullptr, ids.data(), nullptr,
+                       int(outputs.size()), V, vocab},
                       false, false);
         return ids;
     });

@@ -1,0 +1,543 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// scheduler.h: which tokens of which sequences make up the next step, and in which pages their K
+// and V lie. Sitting 1, after server.cpp. Pure: host structs in, a Batch out; no clock, no thread,
+// no model, no text. One thread calls it.
+//
+//   [1] Sequence   one choice of one request, and what it gets from a step
+//   [2] Pages      who holds which page of K and V, and which prefix a page contains
+//   [3] Scheduler  next() -> Batch; finish(Results) -> deliveries
+//
+//     add -> waiting -- admit --> running -- finish --> gone
+//               ^----- preempt_newest ---'      drop_cancelled: from both, too
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cassert>
+#include <deque>
+#include <list>
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "gemma.h"
+
+namespace gemma {
+
+// [1] Sequence ------------------------------------------------------------------------------------
+
+struct Inbox;   // server.h: where a request waits for its deliveries
+struct Prefix;  // [2]
+
+struct Sequence {
+    // the scheduler's, once posted
+    std::vector<int> tokens;  // the prompt, then what is generated
+    // Starts as logit_bias and the prompt's repetition penalty; `penalise` adds an entry for each
+    // id generated.
+    std::vector<Adjustment> adjustments;
+    // set once
+    int prompt_tokens = 0;
+    int max_tokens = 0;
+    Sampling sampling;
+    std::vector<int> stop_ids;
+    int prompt_logprobs = -1;  // as Sampling::logprobs, of the prompt's own tokens
+    // vLLM's penalties. presence, frequency: of generated ids, 0 is off. repetition: of the
+    // prompt's ids too, 1 is off.
+    float presence = 0, frequency = 0, repetition = 1;
+    std::shared_ptr<const std::vector<uint32_t>> allowed;  // as Output's
+    // While fewer than min_tokens are generated, allowed_before is used in the place of allowed: it
+    // leaves out the ids that would end the text.
+    int min_tokens = 0;
+    std::shared_ptr<const std::vector<uint32_t>> allowed_before;
+    int choice = 0;
+    std::shared_ptr<Inbox> inbox;
+    double arrived = 0;  // seconds, as of seconds()
+    // any thread
+    std::atomic<bool> cancelled{false};
+    // scheduler only
+    int computed = 0;                // tokens whose K and V lie in pages
+    int scored = 0;                  // tokens of the prompt whose logprobs are out
+    std::vector<int> pages[2];       // by Pool: the table, by absolute page; -1: released
+    std::shared_ptr<Prefix> prefix;  // of its whole pages that are computed
+    int preemptions = 0;
+    int cached_tokens = 0;  // of its prompt, found in the cache when it started
+    double started = 0;     // when it was first in a step
+    struct Penalised {
+        size_t place;  // in adjustments
+        int count;     // times generated
+    };
+    std::unordered_map<int, Penalised> penalised;  // by id
+};
+
+enum class Finish { none, stop, length, abort };
+
+// What a sequence gets from a step. The scheduler makes it; an Inbox takes it to the request.
+struct Delivery {
+    std::shared_ptr<Sequence> sequence;  // null in an Inbox, which the sequence holds
+    Result result;
+    Finish finish = Finish::none;
+    // true: the logprob of a token of the prompt, in order, from its second token on; the first has
+    // none.
+    bool of_prompt = false;
+    int choice = 0, cached_tokens = 0;  // the sequence's
+    double started = 0, at = 0;         // when it was first in a step, and when this step was done
+};
+
+// [2] Pages ---------------------------------------------------------------------------------------
+
+struct Limits {
+    int max_num_seqs, max_batched_tokens;  // rows and tokens of a step
+    int window;
+    int pages[2];  // by Pool: how many there are
+
+    static int pages_for(int tokens) { return (tokens + page_tokens - 1) / page_tokens; }
+    // Pages that `window` tokens can touch: the first of them may be the last token of its page.
+    int window_pages() const { return (window + page_tokens - 2) / page_tokens + 1; }
+    // Could a sequence that grows to so many tokens ever run?
+    bool fit(int tokens) const {
+        return pages_for(tokens) <= pages[global_pool] &&
+               std::min(pages_for(tokens), window_pages()) <= pages[local_pool];
+    }
+};
+
+// 32 tokens behind all the tokens of `parent`: a node in the tree of known prefixes. Tokens are
+// compared, never hashed, so no two prefixes can be taken for each other. A child holds its parent;
+// a parent only knows its children. A node lives as long as a sequence (Sequence::prefix), a page
+// (Book::prefix) or a child holds it.
+struct Prefix : std::enable_shared_from_this<Prefix> {
+    using Tokens = std::array<int, page_tokens>;
+    std::shared_ptr<Prefix> parent;
+    Tokens tokens{};
+    int page[2] = {-1, -1};  // by Pool: the page that holds these tokens' K and V, or -1
+    std::map<Tokens, Prefix*> children;
+
+    ~Prefix() {
+        if (parent) parent->children.erase(tokens);
+    }
+    static Tokens tokens_at(const int* next) {  // [32]
+        Tokens t;
+        std::copy_n(next, page_tokens, t.begin());
+        return t;
+    }
+    std::shared_ptr<Prefix> find(const int* next) const {  // [32]; null: not known
+        const auto child = children.find(tokens_at(next));
+        return child == children.end() ? nullptr : child->second->shared_from_this();
+    }
+    std::shared_ptr<Prefix> find_or_make(const int* next) {  // [32]
+        if (auto known = find(next)) return known;
+        auto made = std::make_shared<Prefix>();
+        made->parent = shared_from_this();
+        made->tokens = tokens_at(next);
+        children[made->tokens] = made.get();
+        return made;
+    }
+};
+
+// A page is held by sequences, or cached (held by none, but found again by its tokens until its
+// room is needed), or free. An idle scheduler holds none.
+struct PoolUse {
+    int held, cached, free;
+};
+
+// The books of one pool. A page that is released while it has a Prefix stays cached until its room
+// is needed, least recently used first.
+class Pages {
+  public:
+    Pages(Pool of_pool, int total) : pool(of_pool), books(size_t(total)) {
+        for (int page = total; page-- > 0;) free.push_back(page);
+    }
+
+    int allocate() {  // a page held once, or -1
+        if (free.empty()) {
+            if (cached.empty()) return -1;
+            forget(cached.front());
+            cached.pop_front();
+        }
+        const int page = free.back();
+        free.pop_back();
+        books[page].holders = 1;
+        return page;
+    }
+
+    void retain(int page) {
+        Book& book = books[page];
+        if (book.holders == 0) cached.erase(book.place);
+        book.holders++;
+    }
+
+    void release(int page) {
+        Book& book = books[page];
+        assert(book.holders > 0);
+        book.holders--;
+        if (book.holders > 0) return;
+        if (!book.prefix) return forget(page);
+        book.place = cached.insert(cached.end(), page);
+    }
+
+    // The page is filled with `prefix` and may be shared from now on. Where two sequences computed
+    // the same page in the same step, the first one's is shared, and the other stays its own.
+    void publish(int page, const std::shared_ptr<Prefix>& prefix) {
+        if (prefix->page[pool] >= 0) return;
+        prefix->page[pool] = page;
+        books[page].prefix = prefix;
+    }
+
+    int available() const { return int(free.size() + cached.size()); }
+    PoolUse use() const {
+        return {int(books.size()) - available(), int(cached.size()), int(free.size())};
+    }
+    std::vector<int> dead;  // as Batch::dead
+
+  private:
+    struct Book {
+        int holders = 0;
+        std::shared_ptr<Prefix> prefix;
+        std::list<int>::iterator place;  // in `cached`; only while the page is there
+    };
+
+    void forget(int page) {
+        if (auto prefix = std::move(books[page].prefix)) prefix->page[pool] = -1;
+        free.push_back(page);
+        dead.push_back(page);
+    }
+
+    Pool pool;
+    std::vector<Book> books;
+    std::vector<int> free;
+    std::list<int> cached;  // least recently used first
+};
+
+// [3] Scheduler -----------------------------------------------------------------------------------
+
+class Scheduler {
+  public:
+    explicit Scheduler(const Limits& l)
+        : limits(l),
+          pages{{local_pool, l.pages[local_pool]}, {global_pool, l.pages[global_pool]}} {}
+
+    bool fits(int tokens) const { return limits.fit(tokens); }
+
+    void add(std::shared_ptr<Sequence> sequence) {
+        assert(fits(sequence->prompt_tokens + sequence->max_tokens));
+        sequence->prefix = root;
+        waiting_.push_back(std::move(sequence));
+    }
+
+    // A Batch without tokens: nobody is present, for what was added fits, so the oldest always
+    // runs. `now` is kept as the time when sequences start.
+    const Batch& next(double now = 0) {
+        const int before = preemptions_;
+        rows.clear();
+        drop_cancelled();
+        const int budget = plan_running();
+        // A step that preempted for lack of pages admits nobody: a newcomer would take the pages
+        // that were just freed.
+        if (preemptions_ == before) admit(budget, now);
+        build();
+        return batch;
+    }
+
+    // Results of the Batch that next() gave, in the order of its outputs.
+    std::vector<Delivery> finish(const Results& results) {
+        std::vector<Delivery> deliveries;
+        size_t used = 0;  // of the results
+        for (const Row& row : rows) {
+            Sequence& s = *row.sequence;
+            advance(s, row.count);
+            while (s.scored < scored_until(s, s.computed)) {
+                deliveries.push_back(delivery(row.sequence, results[used++], Finish::none, true));
+                s.scored++;
+            }
+            if (s.computed < int(s.tokens.size())) continue;  // its prompt goes on
+            Result result;
+            Finish how = Finish::length;  // of a text that is only scored
+            if (s.max_tokens > 0) {
+                result = results[used++];
+                how = append(s, result.id);
+            }
+            deliveries.push_back(delivery(row.sequence, result, how, false));
+            if (how == Finish::none) continue;
+            release(s);
+            std::erase(running_, row.sequence);
+        }
+        return deliveries;
+    }
+
+    int waiting() const { return int(waiting_.size()); }
+    int running() const { return int(running_.size()); }
+    int preemptions() const { return preemptions_; }
+    PoolUse use(Pool pool) const { return pages[pool].use(); }
+
+  private:
+    struct Row {
+        std::shared_ptr<Sequence> sequence;
+        int count;  // tokens of this step
+    };
+
+    void drop_cancelled() {
+        const auto drop = [&](const std::shared_ptr<Sequence>& s) {
+            if (!s->cancelled) return false;
+            release(*s);
+            return true;
+        };
+        std::erase_if(waiting_, drop);
+        std::erase_if(running_, drop);
+    }
+
+    // Tokens of those who run; returns what is left of the step's tokens. The oldest takes pages,
+    // the newest gives up its own. In order of age: only the newest can be amid its prompt (one
+    // that is cut short has taken all tokens of the step, or the last pages, so nobody starts
+    // behind it), and no decode row waits for a long prompt.
+    int plan_running() {
+        int budget = limits.max_batched_tokens;
+        for (size_t i = 0; i < running_.size() && budget > 0; i++) {
+            const auto s = running_[i];
+            const int want = std::min(int(s->tokens.size()) - s->computed, budget);
+            int got = grow(*s, want);
+            while (got == 0) {
+                preempt_newest();
+                if (i == running_.size()) return budget;  // it was s itself
+                got = grow(*s, want);
+            }
+            rows.push_back({s, got});
+            budget -= got;
+        }
+        return budget;
+    }
+
+    // Recomputing is exact (one arithmetic), so no one can tell it from the text.
+    void preempt_newest() {
+        const auto victim = running_.back();
+        running_.pop_back();
+        release(*victim);
+        victim->preemptions++;
+        preemptions_++;
+        waiting_.push_front(victim);
+    }
+
+    // Pages for the next `count` tokens; returns for how many of them both pools had room. Pages
+    // that only one pool had stay with s.
+    int grow(Sequence& s, int count) {
+        int covered = count;
+        for (const Pool pool : pools) {
+            auto& table = s.pages[pool];
+            while (int(table.size()) * page_tokens < s.computed + count) {
+                const int page = pages[pool].allocate();
+                if (page < 0) break;
+                table.push_back(page);
+            }
+            covered = std::min(covered, int(table.size()) * page_tokens - s.computed);
+        }
+        return std::max(0, covered);
+    }
+
+    void release(Sequence& s) {
+        for (const Pool pool : pools) {
+            // The last page first: of a prefix that is evicted page by page, the start stays.
+            for (size_t i = s.pages[pool].size(); i-- > 0;) {
+                if (s.pages[pool][i] >= 0) pages[pool].release(s.pages[pool][i]);
+            }
+            s.pages[pool].clear();
+        }
+        s.computed = 0;
+        s.prefix = root;  // a Sequence may die on another thread, and must not take the tree along
+    }
+
+    // First come, first served: who has no room at the front of the queue holds up those behind.
+    void admit(int budget, double now) {
+        while (!waiting_.empty() && int(running_.size()) < limits.max_num_seqs && budget > 0) {
+            const auto s = waiting_.front();
+            take_cached(*s);
+            const int cached = s->computed;
+            int got = 0;
+            if (has_room(*s, budget))
+                got = grow(*s, std::min(int(s->tokens.size()) - s->computed, budget));
+            if (got == 0) {
+                release(*s);  // also what take_cached held
+                return;
+            }
+            if (s->preemptions == 0) {
+                s->cached_tokens = cached;
+                s->started = now;
+            }
+            waiting_.pop_front();
+            running_.push_back(s);
+            rows.push_back({s, got});
+            budget -= got;
+        }
+    }
+
+    // First of the pages that the window of the token at `position` still touches.
+    int first_seen(int position) const {
+        return std::max(0, position - limits.window + 1) / page_tokens;
+    }
+
+    // The longest known prefix: global pages from the start on, and the local pages that the window
+    // still sees. At least one token is left to compute, because its logits are needed.
+    void take_cached(Sequence& s) {
+        // prompt_logprobs need logits of every token of the prompt, and cached pages have none.
+        if (s.scored < s.prompt_tokens - 1 && s.prompt_logprobs >= 0) return;
+        std::vector<std::shared_ptr<Prefix>> chain;
+        auto node = root;
+        while ((chain.size() + 1) * page_tokens < s.tokens.size()) {
+            node = node->find(s.tokens.data() + chain.size() * page_tokens);
+            if (!node || node->page[global_pool] < 0) break;
+            chain.push_back(node);
+        }
+        while (!chain.empty() && !window_is_cached(chain)) chain.pop_back();
+        if (chain.empty()) return;
+        const int first_local = first_seen(int(chain.size()) * page_tokens);
+        for (int i = 0; i < int(chain.size()); i++) {
+            for (const Pool pool : pools) {
+                const bool behind = pool == local_pool && i < first_local;
+                const int page = behind ? -1 : chain[size_t(i)]->page[pool];
+                if (page >= 0) pages[pool].retain(page);
+                s.pages[pool].push_back(page);
+            }
+        }
+        s.prefix = chain.back();
+        s.computed = int(chain.size()) * page_tokens;
+    }
+
+    // Are the local pages there that the token behind this prefix sees?
+    bool window_is_cached(const std::vector<std::shared_ptr<Prefix>>& chain) const {
+        const int first = first_seen(int(chain.size()) * page_tokens);
+        return std::all_of(chain.begin() + first, chain.end(),
+                           [](const auto& p) { return p->page[local_pool] >= 0; });
+    }
+
+    // Beside others a sequence starts only if its whole prompt has room, and each of the others has
+    // a page to grow by: else it would be preempted at once.
+    bool has_room(const Sequence& s, int budget) const {
+        if (running_.empty()) return true;
+        const int left = int(s.tokens.size()) - s.computed;
+        // Global: all that is left, and a page to grow by (computed is whole pages, see
+        // take_cached). Local: the same, or a window and what one step adds, since pages behind the
+        // window are released after a step.
+        const int global = Limits::pages_for(left) + 1;
+        const int step = Limits::pages_for(std::min(left, budget));
+        const int local = std::min(global, limits.window_pages() + step);
+        // A running row that has fewer local pages than a window takes one without releasing one;
+        // a row with all of them has released one before it needs the next.
+        const auto grows = std::count_if(running_.begin(), running_.end(), [&](const auto& r) {
+            const int holds = int(r->pages[local_pool].size()) - first_seen(r->computed);
+            return holds < limits.window_pages();
+        });
+        return global + int(running_.size()) <= pages[global_pool].available() &&
+               local + grows <= pages[local_pool].available();
+    }
+
+    // Of the prompt, the logprobs of scored .. scored_until - 1 are due in a step that computes up
+    // to `end`. While any is due, scored >= computed, because take_cached takes nothing.
+    static int scored_until(const Sequence& s, int end) {
+        return s.prompt_logprobs < 0 ? 0 : std::min(end, s.prompt_tokens - 1);
+    }
+
+    // rows -> batch. Outputs: each row's prompt logprobs, then what it generates; finish() reads
+    // the results in this order.
+    void build() {
+        batch = Batch{};
+        batch.row_start = {0};
+        for (const Row& row : rows) {
+            for (const auto& table : row.sequence->pages)
+                batch.pages_per_row = std::max(batch.pages_per_row, int(table.size()));
+        }
+        for (size_t r = 0; r < rows.size(); r++) {
+            const Sequence& s = *rows[r].sequence;
+            const int end = s.computed + rows[r].count;
+            for (int i = s.computed; i < end; i++) {
+                if (i >= s.scored && i < scored_until(s, end)) {
+                    Output out;
+                    out.token = int(batch.tokens.size());
+                    out.row = int(r);
+                    out.target = s.tokens[size_t(i) + 1];
+                    out.sampling.logprobs = s.prompt_logprobs;
+                    batch.outputs.push_back(out);
+                }
+                batch.tokens.push_back(s.tokens[size_t(i)]);
+                batch.positions.push_back(i);
+            }
+            batch.row_start.push_back(int(batch.tokens.size()));
+            for (const Pool pool : pools) {
+                auto& table = batch.pages[pool];
+                table.insert(table.end(), s.pages[pool].begin(), s.pages[pool].end());
+                table.resize(size_t(batch.pages_per_row) * (r + 1), -1);
+            }
+            if (end == int(s.tokens.size()) && s.max_tokens > 0) {
+                Output out;
+                out.token = int(batch.tokens.size()) - 1;
+                out.row = int(r);
+                out.index = end - s.prompt_tokens;
+                out.sampling = s.sampling;
+                out.adjustments = s.adjustments;
+                out.allowed = out.index < s.min_tokens ? s.allowed_before : s.allowed;
+                batch.outputs.push_back(out);
+            }
+        }
+        if (rows.empty()) return;  // an engine is not given an empty batch: dead pages wait
+        for (const Pool pool : pools) batch.dead[pool] = std::exchange(pages[pool].dead, {});
+    }
+
+    // After a step: pages that became whole may be shared, then local pages behind the window are
+    // released. In this order: one step can fill a page and leave it behind.
+    void advance(Sequence& s, int count) {
+        const int filled = s.computed / page_tokens;
+        s.computed += count;
+        for (int i = filled; i < s.computed / page_tokens; i++) {
+            s.prefix = s.prefix->find_or_make(s.tokens.data() + i * page_tokens);
+            for (const Pool pool : pools) pages[pool].publish(s.pages[pool][size_t(i)], s.prefix);
+        }
+        for (int i = first_seen(s.computed); i-- > 0;) {
+            int& page = s.pages[local_pool][size_t(i)];
+            if (page < 0) break;
+            pages[local_pool].release(page);
+            page = -1;
+        }
+    }
+
+    // A generated id; returns whether it ends the sequence.
+    static Finish append(Sequence& s, int id) {
+        s.tokens.push_back(id);
+        penalise(s, id);
+        if (std::count(s.stop_ids.begin(), s.stop_ids.end(), id)) return Finish::stop;
+        const bool full = int(s.tokens.size()) - s.prompt_tokens >= s.max_tokens;
+        return full ? Finish::length : Finish::none;
+    }
+
+    // What penalties make of an id that was generated, from the next token on.
+    static void penalise(Sequence& s, int id) {
+        if (s.presence == 0 && s.frequency == 0 && s.repetition == 1) return;
+        auto known = s.penalised.find(id);
+        if (known == s.penalised.end()) {  // logit_bias or the prompt may have an entry for it
+            const auto entry = std::find_if(s.adjustments.begin(), s.adjustments.end(),
+                                            [&](const Adjustment& a) { return a.id == id; });
+            const auto place = size_t(entry - s.adjustments.begin());
+            if (entry == s.adjustments.end()) s.adjustments.push_back({id});
+            known = s.penalised.insert({id, {place, 0}}).first;
+        }
+        known->second.count++;
+        Adjustment& a = s.adjustments[known->second.place];
+        a.repetition = s.repetition;
+        a.penalty = s.presence + s.frequency * float(known->second.count);
+    }
+
+    static Delivery delivery(const std::shared_ptr<Sequence>& s, const Result& result,
+                             Finish finish, bool of_prompt) {
+        return {s, result, finish, of_prompt, s->choice, s->cached_tokens, s->started, 0};
+    }
+
+    const Limits limits;
+    Pages pages[2];  // by Pool
+    std::shared_ptr<Prefix> root = std::make_shared<Prefix>();
+    std::deque<std::shared_ptr<Sequence>> waiting_;   // in the order in which they will run
+    std::vector<std::shared_ptr<Sequence>> running_;  // oldest first
+    std::vector<Row> rows;                            // of the step that next() planned
+    Batch batch;
+    int preemptions_ = 0;
+};
+
+}  // namespace gemma

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// server.h: what a service is. Sitting 1, after gemma.h.
+//
+//   Options   what the command line says
+//   Inbox     where a request waits for its deliveries
+//   Engine    the one thread that owns model, pages and scheduler
+//   Service   the OpenAI surface of one model
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "http.h"
+#include "metrics.h"
+#include "request.h"
+#include "scheduler.h"
+
+namespace gemma {
+
+struct Options {
+    std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
+    std::vector<std::string> served_model_name, api_key;
+    int64_t port = 8000, max_queue = 1024, seed = 0;
+    // -1: not given
+    int64_t max_model_len = -1, max_num_seqs = -1, max_num_batched_tokens = -1, pages = -1;
+    double gpu_memory_utilization = -1;
+    bool prompt_tokens_details = false, disable_log_requests = false, check = false;
+    int64_t block_size = page_tokens;  // this and the next: read, and without effect
+    bool load_tracking = true;
+};
+
+// One for each request, whatever its number of prompts and choices. It must not hold a Sequence:
+// Sequence::inbox points here, and the cycle would leak both.
+struct Inbox {
+    void put(Delivery delivery);
+    // What has arrived. Waits for something, for 50 ms at most, so that the caller can look whether
+    // its client is still there.
+    std::deque<Delivery> take();
+
+  private:
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<Delivery> deliveries;  // guarded by mutex
+};
+
+class Engine {
+  public:
+    Engine(std::unique_ptr<Model> model, const Limits& limits, int max_queue, Metrics& metrics);
+    ~Engine();
+    Engine(const Engine&) = delete;
+
+    // Takes places in the queue for so many sequences, all or none; Refusal 429: it is full. A
+    // place is given back when a sequence that was posted has ended, or by give_back.
+    void enter(int count);
+    void give_back(int count);
+    void post(const std::vector<std::shared_ptr<Sequence>>& sequences);
+    bool rests(std::chrono::milliseconds wait);  // amid no step, and with nothing to do
+
+  private:
+    void run();  // the thread
+    // nullopt: the engine stops. Empty: nobody is new.
+    std::optional<std::vector<std::shared_ptr<Sequence>>> wait_for_work(bool idle);
+    void deliver(std::vector<Delivery> deliveries) const;
+    void count(const std::vector<Delivery>& deliveries) const;
+    int present() const { return scheduler.waiting() + scheduler.running(); }
+    void show() const;
+    void check_books() const;
+
+    const int most;  // sequences that run or wait
+    // engine thread only
+    std::unique_ptr<Model> model;
+    Scheduler scheduler;
+    Metrics& metrics;
+    // any thread
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::shared_ptr<Sequence>> arrived;  // guarded by mutex, as are the next
+    int places_taken = 0;
+    bool stopping = false, resting = false;
+    std::thread thread;  // last: it starts when the rest is there
+};
+
+// The OpenAI surface of one model. Requests that come before open() wait for it. A shutdown is
+// leave, drained, then cut and drained again for those who are still inside, and rests.
+struct Service {
+    explicit Service(const Options& options);
+    ~Service();
+    Service(const Service&) = delete;
+    std::vector<Route> routes();
+    // What is given must outlive the service.
+    void open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
+              std::unique_ptr<Model> model, const Limits& limits, int max_model_len);
+    bool leave();                                  // nobody new from here on: 503. Was it open?
+    bool drained(std::chrono::milliseconds wait);  // is no request inside any more?
+    bool rests(std::chrono::milliseconds wait);    // is its engine amid no step? only once open
+
+    // For routes and answers, in server.cpp.
+    uint64_t draw_seed();
+    std::string draw_hex();  // 32 digits, for ids
+    // Runs `how` under the mutex, and wakes those who wait (they look when the mutex is free).
+    auto change(auto&& how) {
+        const std::lock_guard lock(mutex);
+        changed.notify_all();
+        return how();
+    }
+    bool wait(auto&& until, std::chrono::milliseconds at_most = std::chrono::hours(100'000)) {
+        std::unique_lock lock(mutex);
+        return changed.wait_for(lock, at_most, until);
+    }
+
+    const Options options;
+    // constant once the model is ready
+    Served served;
+    std::string cache_config;  // labels of /metrics
+    std::optional<Metrics> metrics;
+    std::optional<Engine> engine;
+    // guarded by mutex
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool ready = false, leaving = false;
+    int in_flight = 0, generating = 0;
+    std::mt19937_64 seeds, ids{std::random_device{}()};
+    // any thread
+    std::atomic<bool> cut{false};  // who is inside ends now, with what it has
+    std::mutex large;              // SentencePiece takes up to 800 MB for 4 MiB: one at a time
+};
+
+}  // namespace gemma

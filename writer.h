@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// writer.h: vLLM's JSON, as text, so that its shape can be compared with vLLM's, key for key.
+// Sitting 3; server.cpp's Answer fills the choices. One writer for text and chat, streamed and
+// whole.
+#pragma once
+
+#include <algorithm>
+#include <ctime>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fields.h"
+#include "gemma.h"
+#include "request.h"
+#include "tokenizer.h"
+
+namespace gemma {
+
+using ordered = nlohmann::ordered_json;  // what is written keeps vLLM's order of keys
+
+// What has come for one choice and is not written yet.
+struct Choice {
+    Choice(const Tokenizer& t, bool controls) : detokenizer(t, controls) {}
+    Detokenizer detokenizer;
+    std::string held;  // decoded, but it may turn out to be the start of a stop string
+    std::string text;  // not sent yet
+    std::string finish_reason = "null", stop_reason = "null";  // as JSON
+    std::string logprobs[4];      // lists without brackets, in the order of choice_json
+    std::string prompt_logprobs;  // the same
+    size_t offset = 0;            // of the next token, in characters
+    int prompt_size = 0, tokens = 0, cached = 0;
+    double first = 0, last = 0;  // when these tokens were made
+    bool finished = false;
+};
+
+class Writer {
+  public:
+    Writer(const Request& r, const Tokenizer& t, std::string of_answer)
+        : request(r), tokenizer(t), id(std::move(of_answer)) {}
+
+    std::string token_name(int token) const {  // its text; a control token's own spelling
+        const std::string s = tokenizer.decode({token});
+        return s.empty() ? std::string(tokenizer.name(token)) : s;
+    }
+    std::string token_text(int token) const {
+        return request.tokens_as_ids ? text("token_id:%d", token) : token_name(token);
+    }
+
+    static std::string number(float logprob) {  // floored as vLLM's: JSON has no -inf
+        return quote(std::max(double(logprob), -9999.));
+    }
+
+    static void append(std::string& list, const std::string& entry) {
+        list += (list.empty() ? "" : ",") + entry;
+    }
+
+    // An entry of prompt_logprobs: the token itself, then its alternatives.
+    std::string ranked(const Result& r) const {
+        const auto entry = [&](int token, float logprob, int rank) {
+            return text(R"("%d":{"logprob":%s,"rank":%d,"decoded_token":%s})", token,
+                        number(logprob).c_str(), rank, quote(token_name(token)).c_str());
+        };
+        std::string list = entry(r.id, r.logprob, r.rank);
+        for (size_t i = 0; i < r.top.size(); i++) {
+            const auto& t = r.top[i];
+            if (t.id != r.id) append(list, entry(t.id, t.logprob, int(i) + 1));
+        }
+        return "{" + list + "}";
+    }
+
+    void add_logprobs(Choice& c, const Result& r) const {
+        std::string top;
+        if (request.chat) {
+            const auto entry = [&](int token, float logprob) {
+                const auto raw = tokenizer.bytes(token);
+                return text(R"({"token":%s,"logprob":%s,"bytes":%s)",
+                            quote(token_text(token)).c_str(), number(logprob).c_str(),
+                            quote(std::vector<uint8_t>(raw.begin(), raw.end())).c_str());
+            };
+            for (const auto& t : r.top) append(top, entry(t.id, t.logprob) + "}");
+            return append(c.logprobs[0],
+                          entry(r.id, r.logprob) + R"(,"top_logprobs":[)" + top + "]}");
+        }
+        std::vector<std::string> names{token_text(r.id)};
+        append(top, quote(names[0]) + ":" + number(r.logprob));
+        for (const auto& t : r.top) {
+            const std::string name = token_text(t.id);
+            // A key must not repeat: the token itself is there, or another id with the same text.
+            if (std::count(names.begin(), names.end(), name)) continue;
+            names.push_back(name);
+            append(top, quote(name) + ":" + number(t.logprob));
+        }
+        add_token(c, names[0], number(r.logprob), "{" + top + "}");
+    }
+
+    static void add_token(Choice& c, const std::string& name, const std::string& logprob,
+                          const std::string& top) {
+        append(c.logprobs[0], std::to_string(c.offset));
+        append(c.logprobs[1], logprob);
+        append(c.logprobs[2], quote(name));
+        append(c.logprobs[3], top);
+        c.offset += size_t(
+            std::count_if(name.begin(), name.end(), [](char b) { return (b & 0xc0) != 0x80; }));
+    }
+
+    // A choice: what has come for it since the last call.
+    std::string choice_json(Choice& c, int index) const {
+        const std::string piece = quote(std::exchange(c.text, {}));
+        std::string logprobs = "null";
+        std::string(&l)[4] = c.logprobs;
+        if (request.chat && !l[0].empty()) logprobs = R"({"content":[)" + l[0] + "]}";
+        if (!request.chat && !l[0].empty())
+            logprobs = R"({"text_offset":[)" + l[0] + R"(],"token_logprobs":[)" + l[1] +
+                       R"(],"tokens":[)" + l[2] + R"(],"top_logprobs":[)" + l[3] + "]}";
+        for (auto& list : l) list.clear();
+        std::string s = text(R"({"index":%d,)", index);
+        if (!request.chat)
+            s += R"("text":)" + piece;
+        else if (request.stream)
+            s += R"("delta":{"content":)" + piece + "}";
+        else
+            s += R"("message":{"role":"assistant","reasoning_content":null,"content":)" + piece +
+                 R"(,"tool_calls":[]})";
+        s += R"(,"logprobs":)" + logprobs + R"(,"finish_reason":)" + c.finish_reason;
+        if (!request.chat || !request.stream || c.finished)
+            s += R"(,"stop_reason":)" + c.stop_reason;
+        return s + (request.chat || request.stream ? "}" : prompt_logprobs_json(c) + "}");
+    }
+
+    static std::string prompt_logprobs_json(const Choice& c) {
+        const std::string& list = c.prompt_logprobs;
+        return R"(,"prompt_logprobs":)" + (list.empty() ? "null" : "[" + list + "]");
+    }
+
+    static std::string usage_json(int prompt, int completion, int cached) {
+        return text(R"({"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,)"
+                    R"("prompt_tokens_details":%s})",
+                    prompt, prompt + completion, completion,
+                    cached > 0 ? text(R"({"cached_tokens":%d})", cached).c_str() : "null");
+    }
+
+    std::string usage_so_far(const Choice& c) const {
+        return request.continuous_usage ? usage_json(c.prompt_size, c.tokens, 0) : "null";
+    }
+
+    std::string envelope(const char* object, const std::string& list) const {
+        return text(R"({"id":"%s","object":"%s","created":%ld,"model":)", id.c_str(), object,
+                    created) +
+               quote(request.model) + R"(,"choices":[)" + list + "]";
+    }
+
+    // One event of a stream. use: as JSON.
+    void event(std::string& out, const std::string& choice, const std::string& use) const {
+        out +=
+            "data: " + envelope(request.chat ? "chat.completion.chunk" : "text_completion", choice);
+        if (!request.chat || use != "null") out += R"(,"usage":)" + use;
+        out += "}\n\n";
+    }
+
+    // The whole answer; choices as choice_json wrote them, joined.
+    std::string whole(const std::string& list, const std::string& use, const Choice& first) const {
+        return envelope(request.chat ? "chat.completion" : "text_completion", list) +
+               R"(,"usage":)" + use + (request.chat ? prompt_logprobs_json(first) : "") + "}";
+    }
+
+    // A chat's stream begins with the role.
+    void role_event(std::string& out, const Choice& c, size_t index) const {
+        const char* const form = R"({"index":%zu,"delta":{"role":"assistant","content":""},)"
+                                 R"("logprobs":null,"finish_reason":null})";
+        event(out, text(form, index), usage_so_far(c));
+    }
+
+    const Request& request;
+    const Tokenizer& tokenizer;
+    const std::string id;
+    const long created = std::time(nullptr);
+};
+
+// An entry of /v1/models. root: what the server was started with.
+inline ordered model_card(const std::string& name, const std::string& root, int max_model_len,
+                          const std::string& hex) {
+    ordered model = ordered::parse(R"({"id":0,"object":"model","created":0,"owned_by":"vllm",
+        "root":0,"parent":null,"max_model_len":0,"permission":[{"id":0,
+        "object":"model_permission","created":0,"allow_create_engine":false,
+        "allow_sampling":true,"allow_logprobs":true,"allow_search_indices":false,
+        "allow_view":true,"allow_fine_tuning":false,"organization":"*","group":null,
+        "is_blocking":false}]})");
+    ordered& permission = model["permission"][0];
+    model["id"] = name;
+    model["root"] = root;
+    model["max_model_len"] = max_model_len;
+    model["created"] = permission["created"] = std::time(nullptr);
+    permission["id"] = "modelperm-" + hex;
+    return model;
+}
+
+}  // namespace gemma
