@@ -36,7 +36,7 @@ constexpr int most_slots = 16384;  // parts of chunks that have room in memory a
 
 // [1] Tables --------------------------------------------------------------------------------------
 
-struct PagePair {
+struct alignas(8) PagePair {  // one load
     int local, global;  // ids of pages; -1: not there
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// request.cpp: a body becomes a Request, and a Request becomes Sequences. Sitting 3, last. Every
+// request.cpp: a body becomes a Request, and a Request becomes Sequences. Sitting 3. Every
 // field is read through one table of fields.h; what is wrong is a Refusal with status 400 that
 // names the field, in vLLM's words where clients search for them.
 //

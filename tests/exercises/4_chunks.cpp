@@ -4,7 +4,7 @@
 //
 // A step takes as long as its tokens need, so a prompt that fills the budget makes the text of all
 // others stutter. Give Limits a member `int max_chunk = 0`: in a step in which some row decodes,
-// prompts have max_chunk tokens in all; 0 is no limit. Some ten lines in Scheduler::State.
+// prompts have max_chunk tokens in all; 0 is no limit. Some ten lines in Scheduler.
 //
 // A row decodes once its prompt is computed. What must stay true: only the newest of the running
 // can be amid its prompt (docs/design.md, "Scheduling"), and everyone gets the same text as ever.
