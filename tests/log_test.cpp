@@ -151,6 +151,14 @@ TEST_CASE("the project's name comes from the metadata server where no variable h
     thread.join();
 }
 
+TEST_CASE("without a project's name there is no trace", "[http]") {
+    CloudServer s({}, {"K_SERVICE=gemma", "GCE_METADATA_HOST=127.0.0.1:1"});  // nobody listens
+    const std::string trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    const httplib::Headers header{{"X-Cloud-Trace-Context", trace + "/1"}};
+    REQUIRE(ask_as("t", s.port, short_text, header).status == 200);
+    CHECK(s.generation("t").value("logging.googleapis.com/trace", "none") == "none");
+}
+
 TEST_CASE("a client that leaves: 499 and abort", "[http]") {
     CloudServer s({}, {"K_SERVICE=gemma", "GOOGLE_CLOUD_PROJECT=p", "GEMMA_FAKE_STEP_MS=2"});
     const json body = with(short_text, {{"max_tokens", 30'000}, {"stream", true}});
