@@ -52,7 +52,7 @@ struct Visit {
 // [2]: posts the request's sequences; the reply gives what comes of them.
 HttpReply start_answer(std::shared_ptr<Visit> visit, Request request);
 
-HttpReply reply(const ordered& body) {
+HttpReply json_reply(const ordered& body) {
     return {body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json", {}};
 }
 
@@ -96,12 +96,13 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
 HttpReply tokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
     const Served& served = visit->service.served;
     const std::vector<int> ids = parse_tokenize(served, body).prompts[0];
-    return reply({{"count", ids.size()}, {"max_model_len", served.max_model_len}, {"tokens", ids}});
+    return json_reply(
+        {{"count", ids.size()}, {"max_model_len", served.max_model_len}, {"tokens", ids}});
 }
 
 HttpReply detokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
     const Served& served = visit->service.served;
-    return reply({{"prompt", served.tokenizer->decode(parse_detokenize(served, body))}});
+    return json_reply({{"prompt", served.tokenizer->decode(parse_detokenize(served, body))}});
 }
 
 ordered card(Service& service, const std::string& name) {
@@ -116,12 +117,12 @@ HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& ht
     if (http.path != all) {
         const std::string name = http.path.substr(all.size() + 1);
         check_model(service.served, name.empty() ? "/" : name);
-        return reply(card(service, name));
+        return json_reply(card(service, name));
     }
     ordered list = ordered::parse(R"({"object":"list","data":[]})");
     for (const std::string& name : service.served.names)
         list["data"].push_back(card(service, name));
-    return reply(list);
+    return json_reply(list);
 }
 
 HttpReply metrics_page(Service& service) {
@@ -141,8 +142,7 @@ HttpReply health(Service& service) {
     });
 }
 
-// Large requests have their turn, one at a time; then the memory that one took goes back, which
-// glibc would keep.
+// Large requests take turns; then malloc_trim gives back the memory that glibc would keep.
 struct LargeTurn {
     const std::lock_guard<std::mutex> lock;
     explicit LargeTurn(std::mutex& mutex) : lock(mutex) {}
@@ -200,10 +200,10 @@ std::vector<Route> Service::routes() {
             get("/metrics", metrics_page),
             get("/load",
                 [](Service& s) {
-                    return reply({{"server_load", s.change([&] { return s.generating; })}});
+                    return json_reply({{"server_load", s.change([&] { return s.generating; })}});
                 }),
             get("/version", [](Service&) {
-                return reply({{"version", GEMMA_VERSION}});
+                return json_reply({{"version", GEMMA_VERSION}});
             })};
 }
 
@@ -212,9 +212,24 @@ namespace {
 // [2] Answers -------------------------------------------------------------------------------------
 
 // One request's answer, streamed or whole, text or chat. Lives as long as its response; when that
-// ends, whatever still runs for it is cancelled. JSON is written as text, so that its shape can be
-// compared with vLLM's, key for key.
+// ends, whatever still runs for it is cancelled.
 class Answer {
+    // In this order: each is made of those above it.
+    const std::shared_ptr<Visit> visit;
+    Service& service = visit->service;
+    const Request request;
+    const std::shared_ptr<Inbox> inbox = std::make_shared<Inbox>();
+    const std::vector<std::shared_ptr<Sequence>> sequences;
+    std::vector<Choice> choices = std::vector<Choice>(
+        sequences.size(), Choice(*service.served.tokenizer, !request.skip_special_tokens));
+    size_t unfinished = sequences.size();
+    int prompt_tokens = 0;
+    double queued = -1, first_token = -1;  // seconds from the request to its first token's step
+    bool started = false;
+    const Writer writer{request, *service.served.tokenizer,
+                        (request.chat ? "chatcmpl-" : "cmpl-") +
+                            (request.id.empty() ? service.draw_hex() : request.id)};
+
   public:
     Answer(std::shared_ptr<Visit> v, Request r)
         : visit(std::move(v)),
@@ -309,7 +324,7 @@ class Answer {
             return;
         }
         Finish finish = d.finish;
-        if (request.max_tokens != 0) {  // else an end without a token
+        if (request.max_tokens != 0) {  // 0: the text was only scored, and this is its end
             c.tokens++;
             if (request.logprobs >= 0) writer.add_logprobs(c, d.result);
             if (finish == Finish::stop && d.result.id != Tokenizer::eos)
@@ -348,10 +363,11 @@ class Answer {
     }
 
     void end(int index, Finish finish) {
-        static const char* const reasons[] = {"null", R"("stop")", R"("length")", R"("abort")"};
         Choice& c = choices[size_t(index)];
         c.finished = true;
-        c.finish_reason = reasons[int(finish)];
+        c.finish_reason = quote(finish == Finish::stop     ? "stop"
+                                : finish == Finish::length ? "length"
+                                                           : "abort");
         // The scheduler knows no stop strings; cancelling makes it drop the sequence in the next
         // step.
         sequences[size_t(index)]->cancelled = true;
@@ -371,7 +387,8 @@ class Answer {
     void send(std::string& out, int index, Finish finish) {
         if (finish != Finish::none) end(index, finish);
         Choice& c = choices[size_t(index)];
-        if (request.stream) writer.event(out, writer.choice_json(c, index), writer.usage_so_far(c));
+        if (request.stream)
+            writer.event(out, writer.take_choice_json(c, index), writer.usage_so_far(c));
     }
 
     void observe(Choice& c, const Delivery& d, bool is_last) {
@@ -407,7 +424,7 @@ class Answer {
     std::string whole() {
         std::string list;
         for (size_t i = 0; i < choices.size(); i++)
-            Writer::append(list, writer.choice_json(choices[i], int(i)));
+            Writer::append(list, writer.take_choice_json(choices[i], int(i)));
         return writer.whole(list, usage(), choices[0]);
     }
 
@@ -421,21 +438,6 @@ class Answer {
         return Writer::usage_json(prompt_tokens, made,
                                   service.options.prompt_tokens_details ? cached : 0);
     }
-
-    const std::shared_ptr<Visit> visit;
-    Service& service = visit->service;
-    const Request request;
-    const std::shared_ptr<Inbox> inbox = std::make_shared<Inbox>();
-    const std::vector<std::shared_ptr<Sequence>> sequences;
-    std::vector<Choice> choices = std::vector<Choice>(
-        sequences.size(), Choice(*service.served.tokenizer, !request.skip_special_tokens));
-    size_t unfinished = sequences.size();
-    int prompt_tokens = 0;
-    double queued = -1, first_token = -1;  // seconds from the request to its first token's step
-    bool started = false;
-    const Writer writer{request, *service.served.tokenizer,
-                        (request.chat ? "chatcmpl-" : "cmpl-") +
-                            (request.id.empty() ? service.draw_hex() : request.id)};
 };
 
 HttpReply start_answer(std::shared_ptr<Visit> visit, Request request) {

@@ -42,8 +42,7 @@ struct Options {
 // Sequence::inbox points here, and the cycle would leak both.
 struct Inbox {
     void put(Delivery delivery);
-    // What has arrived. Waits for something, for 50 ms at most, so that the caller can look whether
-    // its client is still there.
+    // What has arrived. Waits for 50 ms at most, so that the caller can look after its client.
     std::deque<Delivery> take();
 
   private:

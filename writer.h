@@ -27,7 +27,7 @@ struct Choice {
     std::string held;  // decoded, but it may turn out to be the start of a stop string
     std::string text;  // not sent yet
     std::string finish_reason = "null", stop_reason = "null";  // as JSON
-    std::string logprobs[4];      // lists without brackets, in the order of choice_json
+    std::string logprobs[4];      // lists without brackets, in the order of take_choice_json
     std::string prompt_logprobs;  // the same
     size_t offset = 0;            // of the next token, in characters
     int prompt_size = 0, tokens = 0, cached = 0;
@@ -105,8 +105,8 @@ class Writer {
             std::count_if(name.begin(), name.end(), [](char b) { return (b & 0xc0) != 0x80; }));
     }
 
-    // A choice: what has come for it since the last call.
-    std::string choice_json(Choice& c, int index) const {
+    // A choice: what has come for it since the last call, which is then forgotten.
+    std::string take_choice_json(Choice& c, int index) const {
         const std::string piece = quote(std::exchange(c.text, {}));
         std::string logprobs = "null";
         std::string(&l)[4] = c.logprobs;
@@ -159,7 +159,7 @@ class Writer {
         out += "}\n\n";
     }
 
-    // The whole answer; choices as choice_json wrote them, joined.
+    // The whole answer; choices as take_choice_json wrote them, joined.
     std::string whole(const std::string& list, const std::string& use, const Choice& first) const {
         return envelope(request.chat ? "chat.completion" : "text_completion", list) +
                R"(,"usage":)" + use + (request.chat ? prompt_logprobs_json(first) : "") + "}";
