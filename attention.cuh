@@ -37,7 +37,7 @@ constexpr int most_slots = 16384;  // parts of chunks that have room in memory a
 // [1] Tables --------------------------------------------------------------------------------------
 
 struct alignas(8) PagePair {  // one load
-    int local, global;  // ids of pages; -1: not there
+    int local, global;        // ids of pages; -1: not there
 };
 
 // The step's tables, on the device.

@@ -986,7 +986,8 @@ TEST_CASE("scheduler: a cancel while the model computes") {
 }
 
 TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
-    // The pools that split_memory gives 16 rows of a window of 64: 3 local pages each, 3 for a step.
+    // The pools that split_memory gives 16 rows of a window of 64: 3 local pages each, 3 for a
+    // step.
     Scheduler scheduler({16, 64, 64, {16 * 3 + 3, 1000}});
     const auto add = [&](int prompt, int max_tokens) {
         auto s = std::make_shared<Sequence>();
