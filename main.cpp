@@ -267,7 +267,7 @@ struct Loaded {
 
 void load(Loaded& loaded, Options o, Service& service) {
     const std::string directory = find_model(o.model);
-    // Beside the driver, which takes as long: 0.3 s each for the 1B on an H100.
+    // Beside the driver's start and the upload: neither needs the tokenizer.
     auto reading = std::async(std::launch::async,
                               [&] { loaded.tokenizer.emplace(directory + "/tokenizer.model"); });
     const Checkpoint& checkpoint = loaded.checkpoint.emplace(directory);
