@@ -6,11 +6,9 @@
 //   key     a logit and its id as one integer: ascending keys are descending logits, then ascending
 //           ids. Who has the best key is a minimum, and no two keys are equal.
 //   weight  e^(z - top) in units of 2^-40, an integer: sums of weights have no order, so threads
-//   may
-//           add them as they like, and the result has the same bits.
+//           may add them as they like, and the result has the same bits.
 //   bound   a key that all ids of interest reach. Blocks of 256 ids know their best key, and a
-//   block
-//           whose best is behind the bound is never read again.
+//           block whose best is behind the bound is never read again.
 //
 //           | block 0 | block 1 | block 2 | ..          best_kernel: 1 key of 256 logits
 //             best      best      best
@@ -115,19 +113,29 @@ struct Ids {
         if (id >= count || (allowed && !(allowed[id / 32] >> id % 32 & 1))) return none;
         return order(logits[id], id);
     }
-    // f(key) by a thread of the block for each key in lo..hi.
+    // f(key) by a thread of the block for each key in lo..hi. A lane looks at the best key of every
+    // 32nd of the warp's blocks; then the warp reads those that reach the range.
     template <class Function>
     __device__ void each(uint64_t lo, uint64_t hi, Function f) const {
         const int warps = int(blockDim.x) / 32, lane = int(threadIdx.x) % 32;
-        for (int b = int(threadIdx.x) / 32; b * block_ids < count; b += warps) {
-            if (best && best[b] > hi) continue;
-            uint64_t keys[block_ids / 32];
-            UNROLL for (int i = 0; i < block_ids / 32; i++) {
-                keys[i] = key(b * block_ids + i * 32 + lane);
+        const int blocks = blocks_of(count);
+        for (int first = int(threadIdx.x) / 32; first < blocks; first += 32 * warps) {
+            const int looked_at = first + lane * warps;
+            const unsigned near =
+                __ballot_sync(~0u, looked_at < blocks && (!best || best[looked_at] <= hi));
+            for (int i = 0; i < 32; i++) {
+                if (near >> i & 1) each_of_block(first + i * warps, lo, hi, f);
             }
-            UNROLL for (int i = 0; i < block_ids / 32; i++) {
-                if (keys[i] >= lo && keys[i] <= hi && keys[i] != none) f(keys[i]);
-            }
+        }
+    }
+    template <class Function>
+    __device__ void each_of_block(int block, uint64_t lo, uint64_t hi, Function f) const {
+        uint64_t keys[block_ids / 32];
+        UNROLL for (int i = 0; i < block_ids / 32; i++) {
+            keys[i] = key(block * block_ids + i * 32 + int(threadIdx.x) % 32);
+        }
+        UNROLL for (int i = 0; i < block_ids / 32; i++) {
+            if (keys[i] >= lo && keys[i] <= hi && keys[i] != none) f(keys[i]);
         }
     }
 };
@@ -217,58 +225,52 @@ struct Scratch {
         return count;
     }
 
-    // Sums the values of the keys in lo..hi by bin, then finds the bin that reaches target.
-    template <class Value, class Bin>
-    __device__ void histogram(const Ids& ids, uint64_t lo, uint64_t hi, Value value, Bin bin,
-                              uint64_t target) {
-        __syncthreads();
-        for (int i = int(threadIdx.x); i < bins; i += int(blockDim.x)) values[i] = 0;
-        __syncthreads();
-        ids.each(lo, hi, [&](uint64_t key) {
-            const unsigned long long v = value(key);
-            if (v) atomicAdd(reinterpret_cast<unsigned long long*>(&values[bin(key)]), v);
-        });
-        find(values, bins, target);
+    // A key that at least k ids reach, or `none`. best: the best key of this thread's ids, so the
+    // key that k threads' bests reach is a bound. Found by bisection over logits, an eighth too
+    // wide at most.
+    __device__ uint64_t bound(uint64_t best, int k) {
+        uint32_t lo = 0, hi = ~0u;
+        while (lo < hi) {
+            const uint32_t middle = lo + (hi - lo) / 2;
+            const int reach = __syncthreads_count(uint32_t(best >> 32) <= middle);
+            if (reach < k) lo = middle + 1;
+            if (reach >= k) hi = middle;
+            if (reach >= k && reach <= k + k / 8) break;
+        }
+        return uint64_t(hi) << 32 | 0xffffffffu;
     }
 
     // The first key, in order and up to hi, at which the sum of values reaches target; hi if none
-    // does. First a histogram over the distance to the top logit, which spreads them well, then
-    // over the keys that are left, until so few are left that they fit.
+    // does. A histogram leaves the keys of one bin, again and again, until those that are left fit
+    // among the candidates.
     template <class Value>
-    __device__ uint64_t select(const Ids& ids, uint64_t hi, uint64_t target, Value value, float top,
-                               float scale) {
-        const auto distance = [&](uint64_t key) {
-            return int(fminf((top - logit_of(key)) * scale * 48, bins - 1));
-        };
-        histogram(ids, 0, hi, value, distance, target);
-        if (index == bins) return hi;
-        target -= before;
-        const int bin = index;
-        uint64_t first = none, last = 0;  // keys of that bin
-        ids.each(0, hi, [&](uint64_t key) {
-            if (value(key) == 0 || distance(key) != bin) return;
-            first = min(first, key);
-            last = max(last, key);
-        });
-        first = smallest(first);
-        last = ~smallest(~last);  // the largest
+    __device__ uint64_t select(const Ids& ids, uint64_t hi, uint64_t target, Value value) {
+        uint64_t first = 0, last = hi;
         while (collect(ids, first, last, value) > most_candidates) {
-            const int shift = max(0, 53 - __clzll((long long)((last - first) | 1)));
-            const uint64_t from = first;
-            const auto step = [&](uint64_t key) { return int((key - from) >> shift); };
-            histogram(ids, first, last, value, step, target);
+            const int shift = max(0, 53 - __clzll((long long)((last - first) | 1)));  // 2,048 bins
+            for (int i = int(threadIdx.x); i < bins; i += int(blockDim.x)) values[i] = 0;
+            __syncthreads();
+            ids.each(first, last, [&](uint64_t key) {
+                const unsigned long long v = value(key);
+                const auto bin =
+                    reinterpret_cast<unsigned long long*>(&values[(key - first) >> shift]);
+                if (v) atomicAdd(bin, v);
+            });
+            find(values, bins, target);
+            if (index == bins) return hi;
             target -= before;
             first += uint64_t(index) << shift;
             last = min(last, first + (uint64_t(1) << shift) - 1);
         }
         const int i = int(threadIdx.x);
-        if (i < count) {
-            uint64_t sum = 0;
-            for (int j = 0; j < count; j++) {
-                if (candidates[j].key < candidates[i].key) sum += candidates[j].value;
-            }
-            if (sum < target && sum + candidates[i].value >= target) found = candidates[i].key;
+        uint64_t sum = 0;  // of the candidates before this thread's
+        for (int j = 0; i < count && j < count; j++) {
+            if (candidates[j].key < candidates[i].key) sum += candidates[j].value;
         }
+        if (i == 0) found = hi;
+        __syncthreads();
+        if (i < count && sum < target && sum + candidates[i].value >= target)
+            found = candidates[i].key;
         __syncthreads();
         return found;
     }
@@ -276,55 +278,29 @@ struct Scratch {
 
 // [4] Drawing -------------------------------------------------------------------------------------
 
-// The draw among few: each thread ranks its own candidate by comparing it with all others, which
-// needs no order among them. Top-k, then top-p of what is left, then the first id, ascending, whose
-// cumulative weight exceeds hash * total / 2^64. Twin: sample
-__device__ inline int draw_candidates(Scratch& s, const Ask& r) {
-    const int i = int(threadIdx.x), count = s.count;
-    const Scratch::Candidate own = i < count ? s.candidates[i] : Scratch::Candidate{none, 0};
-    uint64_t before = 0;
-    int rank = 0;
-    for (int j = 0; j < count; j++) {
-        const Scratch::Candidate other = s.candidates[j];
-        if (other.key >= own.key) continue;
-        rank++;
-        before += other.value;
-    }
-    bool kept = i < count && rank < r.top_k;
-    const uint64_t total = s.sum(kept ? own.value : 0);
-    if (r.top_p < 1) kept &= rank == 0 || before < uint64_t(double(r.top_p) * double(total));
-    __syncthreads();
-    if (i < count && !kept) s.candidates[i].value = 0;
-    const uint64_t draw = __umul64hi(r.hash, s.sum(kept ? own.value : 0));
-    before = 0;
-    for (int j = 0; j < count; j++) {
-        const Scratch::Candidate other = s.candidates[j];
-        if (uint32_t(other.key) < uint32_t(own.key)) before += other.value;
-    }
-    if (kept && before <= draw && draw < before + own.value) s.index = int(uint32_t(own.key));
-    __syncthreads();
-    return s.index;
-}
-
-// The draw among any number of ids, in a few passes over all of them.
-__device__ inline int draw_all(Scratch& s, const Ids& ids, const Ask& r, const Weigher& weigh) {
-    uint64_t last = none;
+// Top-k, then top-p of what is left, then the first id, ascending, whose cumulative weight exceeds
+// hash * total / 2^64. best: the best key of this thread's ids. Twin: sample
+__device__ inline int draw(Scratch& s, const Ids& ids, const Ask& r, const Weigher& weigh,
+                           uint64_t best) {
+    uint64_t last = none;  // of the keys that may be drawn
     if (r.top_k > 0) {
         const auto one = [&](uint64_t key) { return uint64_t(weigh(key) > 0); };
-        last = s.select(ids, last, uint64_t(r.top_k), one, weigh.top, weigh.scale);
+        last = s.select(ids, s.bound(best, r.top_k), uint64_t(r.top_k), one);
     }
-    const auto kept = [&](uint64_t key) { return key <= last ? weigh(key) : 0; };
     if (r.top_p < 1) {
         uint64_t own = 0;
         ids.each(0, last, [&](uint64_t key) { own += weigh(key); });
         const auto enough = uint64_t(double(r.top_p) * double(s.sum(own)));
-        last = s.select(ids, last, max(enough, uint64_t(1)), weigh, weigh.top, weigh.scale);
+        last = s.select(ids, last, max(enough, uint64_t(1)), weigh);
     }
+    const auto kept = [&](uint64_t key) { return key <= last ? weigh(key) : 0; };
     const int lane = int(threadIdx.x) % 32, blocks = blocks_of(ids.count);
     __syncthreads();
     for (int b = int(threadIdx.x) / 32; b < blocks; b += int(blockDim.x) / 32) {
         uint64_t own = 0;
-        for (int i = lane; i < block_ids; i += 32) own += kept(ids.key(b * block_ids + i));
+        if (ids.best[b] <= last) {
+            for (int i = lane; i < block_ids; i += 32) own += kept(ids.key(b * block_ids + i));
+        }
         own = warp_reduce(own, Plus());
         if (lane == 0) s.values[b] = own;
     }
@@ -398,25 +374,7 @@ __global__ void __launch_bounds__(1024) sample_kernel(SampleArgs a) {
     for (int b = thread; b < blocks; b += 1024) own = Smaller()(own, ids.best[b]);
     const uint64_t best = s.smallest(own);
     int id = int(uint32_t(best));
-    if (r.scale > 0) {
-        const Weigher weigh{logit_of(best), r.scale, r.least_weight};
-        bool few = false;
-        if (r.top_k > 0 && r.top_k <= most_candidates / 4 && r.top_k <= blocks) {
-            // The best ids of top_k blocks are top_k ids, so the key at which top_k threads have
-            // one is a bound that all of the top k reach. Found by bisection, an eighth too wide at
-            // most; the ids within it mostly fit among the candidates, or draw_all does it.
-            uint32_t lo = uint32_t(best >> 32), hi = ~0u;
-            while (lo < hi) {
-                const uint32_t middle = lo + (hi - lo) / 2;
-                const int reach = __syncthreads_count(uint32_t(own >> 32) <= middle);
-                if (reach < r.top_k) lo = middle + 1;
-                if (reach >= r.top_k) hi = middle;
-                if (reach >= r.top_k && reach <= r.top_k + r.top_k / 8) break;
-            }
-            few = s.collect(ids, 0, uint64_t(hi) << 32 | 0xffffffffu, weigh) <= most_candidates;
-        }
-        id = few ? draw_candidates(s, r) : draw_all(s, ids, r, weigh);
-    }
+    if (r.scale > 0) id = draw(s, ids, r, {logit_of(best), r.scale, r.least_weight}, own);
     if (threadIdx.x == 0) a.ids[blockIdx.x] = id;
 }
 
@@ -447,7 +405,7 @@ __global__ void __launch_bounds__(1024) log_softmax_kernel(SampleArgs a) {
     }
     if (r.logprobs <= 0) return;
     const auto one = [](uint64_t) { return uint64_t(1); };
-    const uint64_t last = s.select(ids, none, uint64_t(r.logprobs), one, top, log2e);
+    const uint64_t last = s.select(ids, s.bound(own, r.logprobs), uint64_t(r.logprobs), one);
     const int found = s.collect(ids, 0, last, one), i = int(threadIdx.x);
     if (i >= found) return;
     const uint64_t key = s.candidates[i].key;

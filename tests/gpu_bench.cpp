@@ -234,6 +234,8 @@ Rate decode(const Setup& s, int batch, int context, const Sampling& sampling) {
 
 const Sampling greedy{.temperature = 0};
 const Sampling usual{.temperature = 1, .top_k = 64, .top_p = 0.95f};
+const Sampling nucleus{.temperature = 1, .top_p = 0.95f};
+const Sampling with_logprobs{.temperature = 0, .logprobs = 5};
 
 void decode_rows(const Setup& s) {
     const auto print = [&](const std::string& what, int batch, const Rate& r) {
@@ -249,6 +251,10 @@ void decode_rows(const Setup& s) {
     for (const int batch : {1, 64, 256}) {
         print(text("  top-k 64, top-p 0.95, batch %d", batch), batch,
               decode(s, batch, 1024, usual));
+    }
+    for (const int batch : {1, 64}) {
+        print(text("  top-p 0.95 alone, batch %d", batch), batch, decode(s, batch, 1024, nucleus));
+        print(text("  5 logprobs, batch %d", batch), batch, decode(s, batch, 1024, with_logprobs));
     }
     const Rate far = decode(s, 1, 32700, greedy);
     row("decode at 32k, batch 1", text("%.0f tok/s", 1 / far.step),
