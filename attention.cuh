@@ -15,12 +15,14 @@
 //     chunk          (top, sum, out)  (top, sum, out)  ..      top: the highest score
 //                         `---------- Fold ----------'
 //
-//   A row of one token (decode):      each chunk is a block's, and writes a part; merge_kernel
-//   folds. A row of several (prefill): a tile of its tokens is a block's, and walks and folds its
-//   chunks.
+//   A row of one token (decode):  a block takes one chunk and writes its numbers; merge_kernel
+//                                 folds them.
+//   A row of several (prefill):   a block takes a tile of tokens, walks their chunks and folds
+//   them.
 //
-// Both ways give the same bits. A running maximum inside a chunk would not: it would round by the
-// chunk's first keys, which a longer row sees from another tile.
+// Both ways give the same bits, because a chunk's numbers depend on its 64 keys alone. A maximum
+// that is carried from one chunk into the next would round the next one by keys that a block of a
+// decode step has not seen.
 #pragma once
 
 #include <climits>
@@ -32,7 +34,7 @@ namespace gemma {
 namespace {
 
 constexpr int chunk_keys = 64;
-constexpr int most_slots = 16384;  // parts of chunks that have room in memory at a time
+constexpr int most_slots = 16384;  // chunks whose numbers have room in memory at a time
 
 // [1] Tables --------------------------------------------------------------------------------------
 
@@ -48,7 +50,7 @@ struct Tables {
     // chunk_start[pool][r+1]-1. A longer row attends in tiles: tile_start[r] .. tile_start[r+1]-1.
     const int *chunk_start[2], *tile_start;  // [R+1]
     const int* output_token;                 // [outputs]
-    // [pages][R]: with R first, whose size a graph knows, no address in it depends on the length
+    // [pages][R], not [R][pages]: a graph knows R, so no address in the table depends on the length
     // of the longest row.
     const PagePair* pages;
     int R;
@@ -68,12 +70,12 @@ struct Attention {
     size_t page_stride;            // bf16s from a page to the next
     int pool, window, H, G, E, N;  // window: INT_MAX for global layers
     float eps, scale;              // scale: of scores, with log2 e
-    float* parts;                  // [slots][H][E]
-    float2* part_sums;             // [slots][H]: {maximum, sum of weights}
+    float* chunk_out;              // [slots][H][E]
+    float2* chunk_sums;            // [slots][H]: {maximum, sum of weights}
     bf16* out;                     // [N, H E] in fragment order
 
-    __device__ bf16* page(int id, int g) const {
-        return kv + id * page_stride + size_t(g) * 2 * page_tokens * E;
+    __device__ bf16* page(int id, int kv_head) const {
+        return kv + id * page_stride + size_t(kv_head) * 2 * page_tokens * E;
     }
     // Head i of token n: H of queries, then G of keys, then G of values.
     __device__ const bf16* head(int n, int i) const {
@@ -117,11 +119,11 @@ __device__ inline void norm_rope(const bf16* head, const bf16* weight, const flo
 // Writes k of token n, normed and turned, to its page, and to `also` [E] if that is not null. By a
 // warp. Twin: qk_norm_rope_write
 template <int E>
-__device__ inline void write_k(const Attention& a, int n, int row, int g, bf16* also) {
+__device__ inline void write_k(const Attention& a, int n, int row, int kv_head, bf16* also) {
     const int position = a.tables.positions[n];
     const int id = a.tables.page(a.pool, row, position / page_tokens);
-    bf16* k = a.page(max(id, 0), g) + position % page_tokens * E;
-    norm_rope<E>(a.head(n, a.H + g), a.k_norm, a.cos_sin + size_t(n) * E, a.eps,
+    bf16* k = a.page(max(id, 0), kv_head) + position % page_tokens * E;
+    norm_rope<E>(a.head(n, a.H + kv_head), a.k_norm, a.cos_sin + size_t(n) * E, a.eps,
                  [&](int d, uint32_t pair) {
                      if (id >= 0) *reinterpret_cast<uint32_t*>(k + d) = pair;
                      if (also) *reinterpret_cast<uint32_t*>(also + d) = pair;
@@ -131,13 +133,15 @@ __device__ inline void write_k(const Attention& a, int n, int row, int g, bf16* 
 // Writes v of `count` tokens of a row, from n on; 32 dims from d on, by a warp. Count is 1, or 8
 // tokens at positions 8i .. 8i+7, which lie in one page and are one store of 16 bytes.
 template <int count>
-__device__ inline void write_v(const Attention& a, int n, int row, int g, int d) {
+__device__ inline void write_v(const Attention& a, int n, int row, int kv_head, int d) {
     const int lane = int(threadIdx.x) % 32, position = a.tables.positions[n];
     const int id = a.tables.page(a.pool, row, position / page_tokens);
-    bf16* to = a.page(max(id, 0), g) + page_tokens * a.E + (d + lane) * page_tokens;
+    bf16* to = a.page(max(id, 0), kv_head) + page_tokens * a.E + (d + lane) * page_tokens;
     to += position % page_tokens;
     uint32_t v[count];  // all loads before the store
-    UNROLL for (int i = 0; i < count; i++) { v[i] = a.head(n + i, a.H + a.G + g)[d + lane].bits; }
+    UNROLL for (int i = 0; i < count; i++) {
+        v[i] = a.head(n + i, a.H + a.G + kv_head)[d + lane].bits;
+    }
     if (id < 0) return;
     if constexpr (count == 8) {
         *reinterpret_cast<uint4*>(to) = {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16,
@@ -152,7 +156,7 @@ __device__ inline void write_v(const Attention& a, int n, int row, int g, int d)
 // neighbours, so eight tokens are stored at once. Grid: (eight tokens, KV heads).
 template <int E>
 __global__ void __launch_bounds__(256) write_kv_kernel(Attention a) {
-    const int warp = int(threadIdx.x) / 32, g = int(blockIdx.y);
+    const int warp = int(threadIdx.x) / 32, kv_head = int(blockIdx.y);
     const int first = int(blockIdx.x) * 8, last = min(first + 7, a.N - 1), n = first + warp;
     launch_dependents();
     const int row = a.tables.row_of[min(n, last)];
@@ -161,11 +165,11 @@ __global__ void __launch_bounds__(256) write_kv_kernel(Attention a) {
                        a.tables.row_of[first] == a.tables.row_of[last];
     grid_dependency_wait();
     if (n > last || !long_row) return;
-    write_k<E>(a, n, row, g, nullptr);
+    write_k<E>(a, n, row, kv_head, nullptr);
     if (eight) {
-        if (warp < E / 32) write_v<8>(a, first, row, g, warp * 32);
+        if (warp < E / 32) write_v<8>(a, first, row, kv_head, warp * 32);
     } else {
-        for (int d = 0; d < E; d += 32) write_v<1>(a, n, row, g, d);
+        for (int d = 0; d < E; d += 32) write_v<1>(a, n, row, kv_head, d);
     }
 }
 
@@ -252,8 +256,8 @@ struct Tile {
         }
     }
 
-    __device__ __forceinline__ ChunkPages pages(const Attention& a, const Queries& m,
-                                                int chunk) const {
+    __device__ __forceinline__ ChunkPages pages_of(const Attention& a, const Queries& m,
+                                                   int chunk) const {
         const int last = m.position + m.tokens - 1;
         return {a.tables.page(a.pool, m.row, chunk * 2),
                 chunk * chunk_keys + page_tokens <= last
@@ -388,13 +392,13 @@ struct Tile {
                                                int slot) const {
         const size_t at = size_t(slot) * a.H + kv_head * m.heads;
         UNROLL for (int d = 0; d < dim_tiles; d++) {
-            float* to = a.parts + (at + g) * E + (warp * dim_tiles + d) * 8 + 2 * t;
+            float* to = a.chunk_out + (at + g) * E + (warp * dim_tiles + d) * 8 + 2 * t;
             const float(&c)[4] = out[0][d];
             if (g < m.heads) *reinterpret_cast<float2*>(to) = make_float2(c[0], c[1]);
             if (g + 8 < m.heads) *reinterpret_cast<float2*>(to + 8 * E) = make_float2(c[2], c[3]);
         }
         const int i = int(threadIdx.x);
-        if (i < m.heads) a.part_sums[at + i] = make_float2(row_top(i), row_sum(i));
+        if (i < m.heads) a.chunk_sums[at + i] = make_float2(row_top(i), row_sum(i));
     }
 
     __device__ __forceinline__ void add_to(float (&total)[MT][dim_tiles][4]) const {
@@ -429,10 +433,10 @@ struct Tile {
 
 // [4] The kernels ---------------------------------------------------------------------------------
 
-// Of a row of one token, a block takes one chunk after the other and writes each as a part, which
-// merge_kernel folds. The row's older keys were written by earlier steps, so they are loaded before
-// the wait; the block with the newest chunk writes the row's own k and v, and puts k where it was
-// loaded too early. Grid: (chunks, KV heads).
+// A block takes one chunk after the other, each of a row of one token, and writes its numbers,
+// which merge_kernel folds. The row's older keys were written by earlier steps, so they are loaded
+// before the wait; the block with the newest chunk writes the row's own k and v, and puts k where
+// it was loaded too early. Grid: (chunks, KV heads).
 template <int E, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, 3)
     attend_chunk_kernel(Attention a, int first_row, int rows) {
@@ -445,7 +449,7 @@ __global__ void __launch_bounds__(WARPS * 32, 3)
         Queries m{a.tables.row_start[row], 1, a.H / a.G, row, 0};
         m.position = a.tables.positions[m.n0];
         const int chunk = a.first_chunk(m.position) + start[0] + slot - start[r];
-        const ChunkPages ids = tile.pages(a, m, chunk);
+        const ChunkPages ids = tile.pages_of(a, m, chunk);
         tile.load_keys(a, ids, kv_head);
         grid_dependency_wait();
         const bool newest = chunk == m.position / chunk_keys;
@@ -482,7 +486,7 @@ __global__ void __launch_bounds__(WARPS * 32) attend_tile_kernel(Attention a) {
     m.position = a.tables.positions[m.n0];
     const int last_key = m.position + m.tokens - 1, first_key = m.position - a.window + 1;
     const int first = a.first_chunk(m.position), last = last_key / chunk_keys;
-    ChunkPages ids = tile.pages(a, m, first);
+    ChunkPages ids = tile.pages_of(a, m, first);
     grid_dependency_wait();
     tile.load_queries(a, m, kv_head);
     float total[MT][tile.dim_tiles][4] = {};
@@ -499,7 +503,7 @@ __global__ void __launch_bounds__(WARPS * 32) attend_tile_kernel(Attention a) {
         tile.multiply();
         __syncthreads();
         if (chunk < last) {
-            ids = tile.pages(a, m, chunk + 1);
+            ids = tile.pages_of(a, m, chunk + 1);
             tile.load_keys(a, ids, kv_head);
         }
         tile.add_to(total);
@@ -507,8 +511,8 @@ __global__ void __launch_bounds__(WARPS * 32) attend_tile_kernel(Attention a) {
     tile.store(a, m, kv_head, total);
 }
 
-// Folds the parts of a row of one token, in order; four dims a thread. Eight parts are loaded while
-// eight are folded, since each load costs a latency. Grid: (heads, rows).
+// Folds the chunks of a row of one token, in order; four dims a thread, two where E is 64. Eight
+// chunks are loaded while eight are folded, since each load costs a latency. Grid: (heads, rows).
 template <int E>
 __global__ void __launch_bounds__(64) merge_kernel(Attention a, int first_row) {
     constexpr int dims = E >= 128 ? 4 : 2, flying = 8;
@@ -527,8 +531,8 @@ __global__ void __launch_bounds__(64) merge_kernel(Attention a, int first_row) {
         UNROLL for (int i = 0; i < flying; i++) {
             if (first + i >= chunks) continue;
             const size_t at = size_t(slot + first + i) * a.H + head;
-            parts.sums[i] = a.part_sums[at];
-            copy<dims * 4>(parts.out[i], a.parts + at * E + d);
+            parts.sums[i] = a.chunk_sums[at];
+            copy<dims * 4>(parts.out[i], a.chunk_out + at * E + d);
         }
     };
     float total[dims] = {};

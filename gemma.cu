@@ -12,10 +12,10 @@
 // The products, attention and sampling lie in linear.cuh, attention.cuh and sample.cuh (sitting 2).
 // Each kernel's plain twin stands in reference.cpp.
 //
-// The rule: a token's bits never depend on what runs beside it. There is one way to multiply
-// (mma.sync, tokens as its rows, one map from k to its slots), sums have an order fixed by their
-// length alone, attention folds chunks of 64 keys on the grid of absolute positions, and what
-// chooses a token adds integers. What a batch may choose is only who computes what.
+// The rule: given its seed, a token's bits never depend on what runs beside it. One way to multiply
+// (mma.sync, tokens as its rows), sums in an order fixed by their length alone, attention in chunks
+// of 64 keys on the grid of absolute positions, and integers where a token is chosen. A batch only
+// decides which kernel and which block computes what.
 //
 // Letters as in gemma.h. Products take bf16 and sum in fp32; the residual stream h is fp32.
 #include "gemma.h"
@@ -44,12 +44,13 @@ constexpr int most_outputs = 256;  // rows of logits at a time
 struct StepShape {
     int N = 0, R = 0, outputs = 0, tiles = 0;
     bool adjusted = false, logprobs = false;  // whether any output has adjustments, wants logprobs
-    // Neighbouring rows that attend_rows takes in one launch: the chunks of their rows of one token
-    // have room in most_slots (counted in the global pool; the local one never has more). Longer
-    // rows in between have no chunks. No span, if no row has one token. `chunks`, by Pool, only
-    // counts bytes: a graph keeps the value of its capture, so no grid may depend on it.
+    // Neighbouring rows that attend_rows takes in one launch. Only rows of one token have chunks,
+    // and those of a span have room in most_slots. Without rows of one token there is no span.
     struct Span {
-        int first_row, rows, chunks[2];
+        int first_row, rows;
+        // By Pool; the local pool never has more than the global one. Only counts bytes: a graph
+        // keeps the value of its capture, so no grid may depend on it.
+        int chunks[2];
     };
     std::vector<Span> spans;
 };
@@ -65,9 +66,9 @@ void embed(Stream& s, float* h, const RopeTables& rope, const bf16* table, const
 
 constexpr int most_groups = 4;  // groups_of is 1, 2 or 4
 
-// Adds a branch to the residual stream and norms the sum for the next branch. Three calls: the
-// first of a step has no branch; those in a layer write h_out; the last one norms only the rows
-// that have an output.
+// Adds a branch to the residual stream and norms the sum for the next branch. Three uses: the first
+// of a step has no branch; those between branches have one, and write h_out; the last one norms
+// only the rows that have an output, and writes none.
 struct Norm {
     bf16* x;             // [N, D] in fragment order
     const float* h;      // [*, D]
@@ -96,6 +97,8 @@ class CudaModel : public Model {
     static int bucket_of(const Batch& batch);
 
   private:
+    template <class Each>
+    void each_activation(Each each);
     size_t page_size(Pool pool) const {  // bf16s: [layers of the pool][G][K, V][32][E]
         return size_t(layers_of[pool]) * size_t(c.G) * 2 * page_tokens * size_t(c.E);
     }
@@ -104,8 +107,8 @@ class CudaModel : public Model {
     void lm_head(const StepShape& shape);
     void reserve_inputs(const Batch& batch, const StepShape& shape);
     void pack_rows(const Batch& batch, StepShape& shape);
-    void pack_pages(const Batch& batch, const StepShape& shape);
     void pack_outputs(const Batch& batch, StepShape& shape);
+    void pack_pages(const Batch& batch, const StepShape& shape);
     void pack_choices(const Batch& batch);
     template <class T>
     T* add_input(const T*& device, size_t count);
@@ -121,9 +124,9 @@ class CudaModel : public Model {
     // Activations of a step, rows rounded up to a tile's 128.
     Memory<float> h, parts, cos_sin[2], inv_freq;
     Memory<bf16> x, qkv, attended, gated;
-    Memory<float> part_out;    // [slots][H][E]
-    Memory<float2> part_sums;  // [slots][H]
-    Memory<float> logits;      // [256, V]
+    Memory<float> chunk_out;    // [slots][H][E]
+    Memory<float2> chunk_sums;  // [slots][H]
+    Memory<float> logits;       // [256, V]
     Memory<uint64_t> best;
     // A step's inputs, one array behind the other, and their copy on the device.
     Memory<char, true> inputs;
@@ -236,9 +239,9 @@ Attention CudaModel::attention_of(int layer, int N) const {
     a.E = c.E;
     a.N = N;
     a.eps = c.eps;
-    a.scale = c.scale * log2e;
-    a.parts = part_out.data;
-    a.part_sums = part_sums.data;
+    a.scale = c.scale * float(log2e);
+    a.chunk_out = chunk_out.data;
+    a.chunk_sums = chunk_sums.data;
     a.out = attended.data;
     return a;
 }
@@ -333,21 +336,14 @@ CudaModel::CudaModel(const Checkpoint& checkpoint, const CudaOptions& options_)
     CUDA(cudaGetDeviceProperties(&gpu, 0));
     stream.programmatic = gpu.major >= 9;
     stream.processors = gpu.multiProcessorCount;
-    const auto matrices = w.matrices(c, checkpoint.weights);
     for (int l = 0; l < c.L; l++)
         layer_in_pool.push_back(layers_of[c.global[size_t(l)] ? global_pool : local_pool]++);
-
-    const size_t N =
-        size_t(ceil_div(std::max(options.max_batched_tokens, most_outputs), 128)) * 128;
-    const auto D = size_t(c.D), HE = size_t(c.H) * size_t(c.E), GE = size_t(c.G) * size_t(c.E);
-    const auto groups = size_t(std::max(groups_of(c.F), groups_of(int(HE))));
-    const size_t blocks = size_t(ceil_div(c.vocab, block_ids));
-    size_t weights = 0;
+    const auto matrices = w.matrices(c, checkpoint.weights);
+    size_t weights = 0, workspace = 0;
     for (const DeviceMatrix& m : matrices) weights += DeviceWeights::span(m) * sizeof(bf16);
-    const size_t workspace = N * (D * 4 + groups * D * 4 + 2 * size_t(c.E) * 4 + D * 2 +
-                                  (HE + 2 * GE) * 2 + HE * 2 + size_t(c.F) * 2) +
-                             most_slots * (HE * 4 + size_t(c.H) * 8) +
-                             most_outputs * (size_t(c.V) * 4 + blocks * 8);
+    each_activation([&](auto& memory, size_t count) {  //
+        workspace += count * sizeof(*memory.data);
+    });
     size_t free_bytes, total;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
     const double room = options.memory_utilization * double(total) - double(total - free_bytes);
@@ -361,26 +357,36 @@ CudaModel::CudaModel(const Checkpoint& checkpoint, const CudaOptions& options_)
     }
     CUDA(cudaStreamCreateWithFlags(&stream.stream, cudaStreamNonBlocking));
     w.upload(matrices);
-    h.reserve(N * D);
-    parts.reserve(groups * N * D);
-    x.reserve(N * D);
-    qkv.reserve(N * (HE + 2 * GE));
-    attended.reserve(N * HE);
-    gated.reserve(N * size_t(c.F));
-    for (auto& table : cos_sin) table.reserve(N * size_t(c.E));
-    part_out.reserve(most_slots * HE);
-    part_sums.reserve(most_slots * size_t(c.H));
-    logits.reserve(most_outputs * size_t(c.V));
-    best.reserve(most_outputs * blocks);
+    each_activation([](auto& memory, size_t count) { memory.reserve(count); });
     std::vector<float> frequencies;
     for (const Pool pool : pools) {
         for (int i = 0; i < c.E / 2; i++)
             frequencies.push_back(float(std::pow(c.theta[pool], -2. * i / c.E)) /
                                   c.rope_divisor[pool]);
     }
-    inv_freq.reserve(frequencies.size());
     CUDA(cudaMemcpy(inv_freq.data, frequencies.data(), frequencies.size() * sizeof(float),
                     cudaMemcpyHostToDevice));
+}
+
+// Calls each(memory, elements) for all that a step computes in.
+template <class Each>
+void CudaModel::each_activation(Each each) {
+    const int most_rows = std::max(options.max_batched_tokens, most_outputs);
+    const size_t N = size_t(ceil_div(most_rows, 128)) * 128;
+    const auto D = size_t(c.D), F = size_t(c.F), E = size_t(c.E), H = size_t(c.H);
+    const size_t HE = H * E, GE = size_t(c.G) * E;
+    each(h, N * D);
+    each(parts, size_t(std::max(groups_of(c.F), groups_of(int(HE)))) * N * D);
+    each(x, N * D);
+    each(qkv, N * (HE + 2 * GE));
+    each(attended, N * HE);
+    each(gated, N * F);
+    for (auto& table : cos_sin) each(table, N * E);
+    each(inv_freq, E);
+    each(chunk_out, most_slots * HE);
+    each(chunk_sums, most_slots * H);
+    each(logits, most_outputs * size_t(c.V));
+    each(best, most_outputs * size_t(blocks_of(c.vocab)));
 }
 
 CudaModel::~CudaModel() {
@@ -419,7 +425,7 @@ void CudaModel::allocate_pages(const int (&pages)[2]) {
 Ask ask_of(const Output& o) {
     const Sampling& s = o.sampling;
     Ask r{};
-    r.scale = s.temperature < 1e-5f ? 0 : float(1.4426950408889634 / s.temperature);
+    r.scale = s.temperature < 1e-5f ? 0 : float(log2e / s.temperature);
     r.top_k = s.top_k;
     r.top_p = s.top_p;
     r.least_weight = std::max<uint64_t>(1, uint64_t(s.min_p * 0x1p40f));
@@ -445,11 +451,13 @@ StepShape CudaModel::pack(const Batch& b, int bucket) {
     shape.outputs = bucket ? bucket : int(b.outputs.size());
     reserve_inputs(b, shape);
     inputs_used = 0;
-    // A graph keeps the addresses of its capture, so the order is a rule:
-    pack_rows(b, shape);     // 1. sizes follow from N, R and outputs, which a bucket fixes: tables
-    pack_outputs(b, shape);  //    are added here, and their bytes in reserve_inputs
-    pack_pages(b, shape);    // 2. grows with the longest row, so it is the last that a graph reads
-    pack_choices(b);         // 3. adjustments and bitsets, which no graph may read (bucket_of)
+    // A graph keeps the addresses of its capture, so the order is a rule. First the arrays whose
+    // sizes follow from N, R and outputs, which a bucket fixes; a new array goes here (and its
+    // bytes into reserve_inputs).
+    pack_rows(b, shape);
+    pack_outputs(b, shape);
+    pack_pages(b, shape);  // grows with the longest row, so it is the last that a graph reads
+    pack_choices(b);       // adjustments and bitsets, which no graph reads (see bucket_of)
     CUDA(cudaMemcpyAsync(device_inputs.data, inputs.data, inputs_used, cudaMemcpyHostToDevice,
                          stream.stream));
     return shape;
@@ -507,14 +515,14 @@ void CudaModel::pack_rows(const Batch& b, StepShape& shape) {
         const bool real = r < rows;
         const int first = real ? b.row_start[size_t(r)] : r;
         const int count = real ? b.row_start[size_t(r) + 1] - first : 1;
-        const int chunk = real ? b.positions[size_t(first)] / chunk_keys : 0;
+        const int last_chunk = real ? b.positions[size_t(first)] / chunk_keys : 0;
         std::fill_n(row_of + first, count, r);
         row_start[r + 1] = first + count;
         int chunks[2] = {0, 0};
         if (real && count == 1) {
             const int from = std::max(0, b.positions[size_t(first)] - c.W + 1) / chunk_keys;
-            chunks[global_pool] = chunk + 1;
-            chunks[local_pool] = chunk + 1 - from;
+            chunks[global_pool] = last_chunk + 1;
+            chunks[local_pool] = last_chunk + 1 - from;
         }
         // A tile has query_rows rows: tokens by the heads that share a KV head.
         const int tiles = count > 1 ? ceil_div(count, query_rows / (c.H / c.G)) : 0;
@@ -531,21 +539,6 @@ void CudaModel::pack_rows(const Batch& b, StepShape& shape) {
     }
     if (span.chunks[global_pool] > 0) shape.spans.push_back(span);
     shape.tiles = tile_start[R];
-}
-
-// [pages][R], the transpose of Batch's: then an entry's address depends on R, which a bucket fixes,
-// and not on the longest row.
-void CudaModel::pack_pages(const Batch& b, const StepShape& shape) {
-    const auto rows = b.row_start.size() - 1;
-    const auto R = size_t(shape.R), pages = size_t(b.pages_per_row);
-    PagePair* const table = add_input(tables.pages, pages * R);
-    for (size_t i = 0; i < pages; i++) {
-        for (size_t r = 0; r < R; r++) {
-            PagePair& entry = table[i * R + r];
-            entry.local = r < rows ? b.pages[local_pool][r * pages + i] : -1;
-            entry.global = r < rows ? b.pages[global_pool][r * pages + i] : -1;
-        }
-    }
 }
 
 void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
@@ -567,8 +560,24 @@ void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
         if (!o.adjustments.empty() && o.target < 0) shape.adjusted = true;
         if (o.target >= 0 || o.sampling.logprobs >= 0) shape.logprobs = true;
     }
-    // Outputs that fill a bucket choose among all ids, and nobody reads their choice.
+    // Outputs that fill a bucket have the target 0, so sample_kernel does nothing for them, and no
+    // bitset that best_kernel would read.
     for (size_t i = b.outputs.size(); i < outputs; i++) ask[i].allowed = -1;
+}
+
+// [pages][R], the transpose of Batch's: then an entry's address depends on R, which a bucket fixes,
+// and not on the longest row.
+void CudaModel::pack_pages(const Batch& b, const StepShape& shape) {
+    const auto rows = b.row_start.size() - 1;
+    const auto R = size_t(shape.R), pages = size_t(b.pages_per_row);
+    PagePair* const table = add_input(tables.pages, pages * R);
+    for (size_t i = 0; i < pages; i++) {
+        for (size_t r = 0; r < R; r++) {
+            PagePair& entry = table[i * R + r];
+            entry.local = r < rows ? b.pages[local_pool][r * pages + i] : -1;
+            entry.global = r < rows ? b.pages[global_pool][r * pages + i] : -1;
+        }
+    }
 }
 
 // What the outputs' choices depend on, one output's behind the other's.
@@ -587,8 +596,9 @@ void CudaModel::pack_choices(const Batch& b) {
 
 // [5] Steps ---------------------------------------------------------------------------------------
 
-// A step can replay a graph if every row has one token and no output wants adjustments, a bitset,
-// logprobs or a target. Returns its rows, rounded up to a size that is captured, or 0: no graph.
+// A step can replay a graph if every row has one token, no output wants adjustments, a bitset,
+// logprobs or a target, and one launch of attend_rows a layer has room for all chunks. Returns the
+// step's rows, rounded up to a size that is captured, or 0: no graph.
 int CudaModel::bucket_of(const Batch& b) {
     const auto R = int(b.row_start.size()) - 1;
     if (int(b.tokens.size()) != R || R > most_outputs || int(b.outputs.size()) > R) return 0;
@@ -596,6 +606,9 @@ int CudaModel::bucket_of(const Batch& b) {
         if (!o.adjustments.empty() || o.allowed || o.target >= 0 || o.sampling.logprobs >= 0)
             return 0;
     }
+    int chunks = 0;  // in the global pool
+    for (const int position : b.positions) chunks += position / chunk_keys + 1;
+    if (chunks > most_slots) return 0;
     for (int rows : {1, 2, 4, 8}) {
         if (R <= rows) return rows;
     }
@@ -632,12 +645,10 @@ Results CudaModel::step(const Batch& b) {
     }
 #endif
     const int bucket = bucket_of(b);
-    StepShape shape = pack(b, bucket);
-    const bool one_span = shape.spans.size() <= 1;  // a graph has one launch of attend_rows a layer
-    if (bucket && one_span) {
+    const StepShape shape = pack(b, bucket);
+    if (bucket) {
         replay(shape);
     } else {
-        if (bucket) shape = pack(b, 0);
         forward(shape);
     }
     CUDA(cudaStreamSynchronize(stream.stream));

@@ -135,7 +135,6 @@ struct Adjustment {
 // One result that a step returns, about the token that follows batch.tokens[token].
 struct Output {
     int token;        // index into the N tokens
-    int row;          // of that token; for tests and demo/trace, engines do not use it
     int target = -1;  // -1: sample. Else: the logprob of this id
     int index = 0;    // how many tokens were generated before this one: the draw depends on it
     Sampling sampling;
@@ -193,8 +192,8 @@ class Model {
 std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint);
 
 struct CudaOptions {
-    int max_num_seqs = 256, max_batched_tokens = 8192;  // rows and tokens of a step, at most
-    double memory_utilization = 0.9;                    // share of the GPU's memory to use in all
+    int max_batched_tokens = 8192;    // tokens of a step, at most
+    double memory_utilization = 0.9;  // share of the GPU's memory to use in all
 };
 
 // Only in builds with GEMMA_CUDA. Error: the model does not fit, with the bytes it needs and has.

@@ -26,7 +26,8 @@
 namespace gemma {
 namespace {
 
-// Steps in a slice of a matrix with K inputs. 10, 9 or 8 divides every matrix of the family.
+// Steps in a slice of a matrix with K inputs. 10, 9 or 8 divides K / 32 of every matrix of the
+// family; any other K has slices of one step.
 constexpr int slice_steps(int K) {
     for (int steps : {10, 9, 8}) {
         if (K / 32 % steps == 0) return steps;
@@ -205,13 +206,13 @@ __global__ void __launch_bounds__(BT / (16 * WM) * BW / (8 * WN) * 32, BT == 64 
     const bool tokens_first = p.M > wide;
     const int m0 = int(tokens_first ? blockIdx.y : blockIdx.x) * BW, group = int(blockIdx.z);
     const int n0 = int(tokens_first ? blockIdx.x : blockIdx.y) * BT;
-    const int steps = p.slices * p.steps, step0 = group * steps;
+    const int group_steps = p.slices * p.steps, step0 = group * group_steps;
     launch_dependents();
     grid_dependency_wait();
     const bf16* from = p.w + size_t(m0 + thread / 4) * p.K + step0 * 32 + thread % 4 * 8;
     const bf16* x = p.x + (size_t(n0 / 16) * (p.K / 32) + step0) * 512;
     const auto fetch = [&](int step, int stage) {
-        if (step < steps) {
+        if (step < group_steps) {
             bf16* to_w = shared_w + stage * KB * BW * 32 + thread * 8;
             bf16* to_x = shared_x + stage * (BT / 16) * KB * 512 + thread * 8;
             UNROLL for (int i = 0; i < w_loads; i++) {
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(BT / (16 * WM) * BW / (8 * WN) * 32, BT == 64 
     float total[WM][WN][4] = {}, c[WM][WN][4] = {};
     int in_slice = 0, stage = 0;
 #pragma unroll 1
-    for (int step = 0; step < steps; step += KB) {
+    for (int step = 0; step < group_steps; step += KB) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         fetch(step + (STAGES - 1) * KB, (stage + STAGES - 1) % STAGES);
@@ -305,10 +306,10 @@ void launch_tile(Stream& s, const char* name, double bytes, const Product& p, in
 // Narrow matrices have few columns to spread over the processors, wide ones many bytes to stream.
 template <int STEPS>
 void linear_steps(Stream& s, const char* name, double bytes, const Product& p, int groups) {
-    if (STEPS == 1 || p.M % 64)  // none of the family's
+    if (STEPS == 1 || p.M % 64)  // no matrix of the family: right for every shape, and slow
         return launch_rows<2, 1, 8, STEPS>(s, name, bytes, p, groups);
     if constexpr (STEPS > 1) {
-        constexpr int KB = STEPS % 3 ? 2 : 3, stages = KB == 3 ? 2 : 3;  // a tile's: 96 KB
+        constexpr int KB = STEPS % 3 ? 2 : 3, stages = KB == 3 ? 2 : 3;  // 96 KiB
         static_assert(STEPS % KB == 0, "linear_tile adds a slice after a whole number of stages");
         constexpr int deep = STEPS == 9 ? 2 : 1;  // more would spill
         const int tiles = ceil_div(p.N, 64) * (p.M / 64) * groups;

@@ -51,8 +51,9 @@ __device__ inline void cp_async_wait() {
 // Programmatic dependent launch; nothing below sm_90. launch_dependents lets the next kernel start
 // while this one runs. grid_dependency_wait returns when every kernel before is complete and its
 // writes are visible. Before its wait a kernel may read only what no kernel of the same step writes
-// (weights, the step's tables, K of earlier steps): anything else may be half written. A step's
-// first kernel is launched without the attribute, so it waits for the whole step before.
+// (weights, the Tables that `pack` copied, K of earlier steps): anything else may be half written.
+// The emulation runs kernels one behind the other, so it cannot see a read that comes too early. A
+// step's first kernel is launched without the attribute, so it waits for the whole step before.
 __device__ inline void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -98,9 +99,9 @@ struct Stream {
     bool programmatic = false;  // programmatic dependent launch: compute capability 9.0 and up
     bool first = true;          // the next launch is the first of its step
     int processors = 1;         // SMs
-    // The benchmark counts launches and bytes by a kernel's name, and runs one kernel alone.
+    // For the benchmark: runs the kernel of this name alone; counts launches and bytes by name.
     const char* only = nullptr;
-    std::map<std::string, std::pair<int, double>>* book = nullptr;
+    std::map<std::string, std::pair<int, double>>* profile = nullptr;
     std::map<const void*, size_t> shared_limit;  // of kernels that use more than 48 KB
 
     // bytes: what the kernel reads and writes at least. block: threads. shared: bytes of dynamic
@@ -110,7 +111,11 @@ struct Stream {
                 size_t shared, A... args) {
         assert(shared <= most_shared && block % 32 == 0);
         if (only && std::strcmp(only, name)) return;
-        if (book) (*book)[name].first++, (*book)[name].second += bytes;
+        if (profile) {
+            auto& [launches, sum] = (*profile)[name];
+            launches++;
+            sum += bytes;
+        }
         const auto* const key = reinterpret_cast<const void*>(kernel);
         size_t& limit = shared_limit.try_emplace(key, 48 * 1024).first->second;
         if (shared > limit) {

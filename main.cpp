@@ -252,7 +252,7 @@ std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
 #if GEMMA_CUDA
     if (gpu) {
         choose(cuda_step_tokens());
-        return open_cuda(checkpoint, {int(o.max_num_seqs), int(tokens), o.gpu_memory_utilization});
+        return open_cuda(checkpoint, {int(tokens), o.gpu_memory_utilization});
     }
 #endif
     choose(32 * threads());

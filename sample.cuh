@@ -24,7 +24,7 @@ namespace {
 constexpr int block_ids = 256;         // a warp finds the best of so many ids
 constexpr int most_candidates = 1024;  // as many threads sort them
 constexpr int bins = 2048;
-constexpr float log2e = 1.4426950408889634f;
+constexpr double log2e = 1.4426950408889634;
 
 // [1] Arguments -----------------------------------------------------------------------------------
 
@@ -113,30 +113,32 @@ struct Ids {
         if (id >= count || (allowed && !(allowed[id / 32] >> id % 32 & 1))) return none;
         return order(logits[id], id);
     }
-    // f(key) by a thread of the block for each key in lo..hi. A lane looks at the best key of every
-    // 32nd of the warp's blocks; then the warp reads those that reach the range.
+    // f(block), by a warp each, for the blocks of ids whose best key is not behind hi. A lane looks
+    // at the best key of every 32nd of the warp's blocks.
     template <class Function>
-    __device__ void each(uint64_t lo, uint64_t hi, Function f) const {
+    __device__ void each_block(uint64_t hi, Function f) const {
         const int warps = int(blockDim.x) / 32, lane = int(threadIdx.x) % 32;
         const int blocks = blocks_of(count);
         for (int first = int(threadIdx.x) / 32; first < blocks; first += 32 * warps) {
-            const int looked_at = first + lane * warps;
-            const unsigned near =
-                __ballot_sync(~0u, looked_at < blocks && (!best || best[looked_at] <= hi));
+            const int mine = first + lane * warps;
+            const unsigned near = __ballot_sync(~0u, mine < blocks && (!best || best[mine] <= hi));
             for (int i = 0; i < 32; i++) {
-                if (near >> i & 1) each_of_block(first + i * warps, lo, hi, f);
+                if (near >> i & 1) f(first + i * warps);
             }
         }
     }
+    // f(key) by a thread of the block for each key in lo..hi.
     template <class Function>
-    __device__ void each_of_block(int block, uint64_t lo, uint64_t hi, Function f) const {
-        uint64_t keys[block_ids / 32];
-        UNROLL for (int i = 0; i < block_ids / 32; i++) {
-            keys[i] = key(block * block_ids + i * 32 + int(threadIdx.x) % 32);
-        }
-        UNROLL for (int i = 0; i < block_ids / 32; i++) {
-            if (keys[i] >= lo && keys[i] <= hi && keys[i] != none) f(keys[i]);
-        }
+    __device__ void each(uint64_t lo, uint64_t hi, Function f) const {
+        each_block(hi, [&](int block) {
+            uint64_t keys[block_ids / 32];
+            UNROLL for (int i = 0; i < block_ids / 32; i++) {
+                keys[i] = key(block * block_ids + i * 32 + int(threadIdx.x) % 32);
+            }
+            UNROLL for (int i = 0; i < block_ids / 32; i++) {
+                if (keys[i] >= lo && keys[i] <= hi && keys[i] != none) f(keys[i]);
+            }
+        });
     }
 };
 
@@ -294,16 +296,17 @@ __device__ inline int draw(Scratch& s, const Ids& ids, const Ask& r, const Weigh
         last = s.select(ids, last, max(enough, uint64_t(1)), weigh);
     }
     const auto kept = [&](uint64_t key) { return key <= last ? weigh(key) : 0; };
-    const int lane = int(threadIdx.x) % 32, blocks = blocks_of(ids.count);
+    const int blocks = blocks_of(ids.count);
     __syncthreads();
-    for (int b = int(threadIdx.x) / 32; b < blocks; b += int(blockDim.x) / 32) {
+    for (int b = int(threadIdx.x); b < blocks; b += int(blockDim.x)) s.values[b] = 0;
+    __syncthreads();
+    ids.each_block(last, [&](int b) {
         uint64_t own = 0;
-        if (ids.best[b] <= last) {
-            for (int i = lane; i < block_ids; i += 32) own += kept(ids.key(b * block_ids + i));
-        }
+        for (int i = int(threadIdx.x) % 32; i < block_ids; i += 32)
+            own += kept(ids.key(b * block_ids + i));
         own = warp_reduce(own, Plus());
-        if (lane == 0) s.values[b] = own;
-    }
+        if (threadIdx.x % 32 == 0) s.values[b] = own;
+    });
     __syncthreads();
     uint64_t own = 0;
     for (int b = int(threadIdx.x); b < blocks; b += int(blockDim.x)) own += s.values[b];
@@ -391,7 +394,7 @@ __global__ void __launch_bounds__(1024) log_softmax_kernel(SampleArgs a) {
     ids.each(0, none, [&](uint64_t key) { own = Smaller()(own, key); });
     const float top = logit_of(s.smallest(own));
     const uint64_t mine = ids.key(a.ids[blockIdx.x]);
-    const Weigher weigh{top, log2e, 0};
+    const Weigher weigh{top, float(log2e), 0};
     ids.each(0, none, [&](uint64_t key) {
         total += weigh(key);
         ahead += key < mine;

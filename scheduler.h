@@ -56,7 +56,8 @@ struct Sequence {
     int choice = 0;
     std::shared_ptr<Inbox> inbox;
     double arrived = 0;  // seconds, as of seconds()
-    // any thread
+    // Set by the request's thread, when the client has left or a stop string has ended the text;
+    // read when the next step is planned.
     std::atomic<bool> cancelled{false};
     // scheduler only
     int computed = 0;                // tokens whose K and V lie in pages
@@ -72,6 +73,8 @@ struct Sequence {
     };
     std::unordered_map<int, Penalised> penalised;  // by id
 };
+
+using Sequences = std::vector<std::shared_ptr<Sequence>>;
 
 enum class Finish { none, stop, length, abort };
 
@@ -227,8 +230,8 @@ class Scheduler {
         waiting_.push_back(std::move(sequence));
     }
 
-    // A Batch without tokens: nobody is present, for what was added fits, so the oldest always
-    // runs. `now` is kept as the time when sequences start.
+    // A Batch without tokens means that no sequence is left: every sequence that was added fits
+    // alone, so the oldest one always runs. `now` is kept as the time when sequences start.
     const Batch& next(double now = 0) {
         const int before = preemptions_;
         rows.clear();
@@ -252,9 +255,9 @@ class Scheduler {
                 deliveries.push_back(delivery(row.sequence, results[used++], Finish::none, true));
                 s.scored++;
             }
-            if (s.computed < int(s.tokens.size())) continue;  // its prompt goes on
+            if (s.computed < int(s.tokens.size())) continue;  // some known tokens are left
             Result result;
-            Finish how = Finish::length;  // of a text that is only scored
+            Finish how = Finish::length;  // stays so where max_tokens is 0: a text is only scored
             if (s.max_tokens > 0) {
                 result = results[used++];
                 how = append(s, result.id);
@@ -288,10 +291,10 @@ class Scheduler {
         std::erase_if(running_, drop);
     }
 
-    // Tokens of those who run; returns what is left of the step's tokens. The oldest takes pages,
-    // the newest gives up its own. In order of age: only the newest can be amid its prompt (one
-    // that is cut short has taken all tokens of the step, or the last pages, so nobody starts
-    // behind it), and no decode row waits for a long prompt.
+    // Gives each running sequence its tokens and pages, oldest first; returns how many tokens the
+    // step has left. Where no page is left, the newest sequence gives up its own. No decode row
+    // waits for a long prompt, because only the newest sequence can be amid its prompt: it took all
+    // tokens of its step, or the last pages, so no sequence started behind it.
     int plan_running() {
         int budget = limits.max_batched_tokens;
         for (size_t i = 0; i < running_.size() && budget > 0; i++) {
@@ -309,7 +312,8 @@ class Scheduler {
         return budget;
     }
 
-    // Recomputing is exact (one arithmetic), so no one can tell it from the text.
+    // The victim keeps its tokens. They are computed again, with the same bits, and only the last
+    // of them has an Output, so nothing is delivered twice.
     void preempt_newest() {
         const auto victim = running_.back();
         running_.pop_back();
@@ -347,7 +351,7 @@ class Scheduler {
         s.prefix = root;  // a Sequence may die on another thread, and must not take the tree along
     }
 
-    // First come, first served: who has no room at the front of the queue holds up those behind.
+    // First come, first served: a sequence without room holds up those behind it.
     void admit(int budget, double now) {
         while (!waiting_.empty() && int(running_.size()) < limits.max_num_seqs && budget > 0) {
             const auto s = waiting_.front();
@@ -453,7 +457,6 @@ class Scheduler {
                 if (i >= s.scored && i < scored_until(s, end)) {
                     Output out;
                     out.token = int(batch.tokens.size());
-                    out.row = int(r);
                     out.target = s.tokens[size_t(i) + 1];
                     out.sampling.logprobs = s.prompt_logprobs;
                     batch.outputs.push_back(out);
@@ -470,7 +473,6 @@ class Scheduler {
             if (end == int(s.tokens.size()) && s.max_tokens > 0) {
                 Output out;
                 out.token = int(batch.tokens.size()) - 1;
-                out.row = int(r);
                 out.index = end - s.prompt_tokens;
                 out.sampling = s.sampling;
                 out.adjustments = s.adjustments;
@@ -533,9 +535,9 @@ class Scheduler {
     const Limits limits;
     Pages pages[2];  // by Pool
     std::shared_ptr<Prefix> root = std::make_shared<Prefix>();
-    std::deque<std::shared_ptr<Sequence>> waiting_;   // in the order in which they will run
-    std::vector<std::shared_ptr<Sequence>> running_;  // oldest first
-    std::vector<Row> rows;                            // of the step that next() planned
+    std::deque<std::shared_ptr<Sequence>> waiting_;  // in the order in which they will run
+    Sequences running_;                              // oldest first
+    std::vector<Row> rows;                           // of the step that next() planned
     Batch batch;
     int preemptions_ = 0;
 };

@@ -64,7 +64,7 @@ int main(int argc, char** argv) try {
     std::vector<std::string> prompts(argv + 1, argv + argc);
     if (prompts.empty()) prompts = {"Cloud Run is a "};
     std::map<const Sequence*, std::string> answers;
-    std::vector<std::shared_ptr<Sequence>> sequences;
+    Sequences sequences;
     for (const std::string& prompt : prompts) {
         std::vector<int> ids = tokenizer.encode_with_controls(prompt);
         ids.insert(ids.begin(), Tokenizer::bos);
@@ -86,7 +86,8 @@ int main(int argc, char** argv) try {
         for (size_t r = 0; r + 1 < shown.row_start.size(); r++) {
             print_row(shown, r, tokenizer);
             for (size_t o = 0; o < shown.outputs.size(); o++) {
-                if (shown.outputs[o].row != int(r)) continue;
+                const int token = shown.outputs[o].token;
+                if (token < shown.row_start[r] || token >= shown.row_start[r + 1]) continue;
                 std::printf("         next:");
                 for (const auto& top : results[o].top)
                     std::printf(" %s %.1f%%", quoted(tokenizer, top.id).c_str(),

@@ -66,7 +66,7 @@ const std::vector<Device>& devices() {
 
 std::unique_ptr<Model> open(const Checkpoint& checkpoint, Device device) {
 #if GEMMA_CUDA
-    if (device == Device::cuda) return open_cuda(checkpoint, {256, 4096, 0.5});
+    if (device == Device::cuda) return open_cuda(checkpoint, {4096, 0.5});
 #endif
     (void)device;
     return open_cpu(checkpoint);
@@ -117,7 +117,7 @@ Results score(Engine& engine, const std::vector<int>& ids, const std::vector<int
     Batch batch = one_row(ids);
     for (const int position : positions) {
         for (int id = 0; id < engine.checkpoint.config.V; id += stride) {
-            batch.outputs.push_back({position, 0, id, 0, {}, {}, nullptr});
+            batch.outputs.push_back({position, id, 0, {}, {}, nullptr});
         }
     }
     return engine.model->step(batch);
@@ -130,8 +130,7 @@ Results follow(Engine& engine, std::vector<int> ids, const std::vector<int>& gre
     ids.insert(ids.end(), greedy.begin(), greedy.end());
     Batch batch = one_row(ids);
     for (int i = 0; i < int(greedy.size()); i++)
-        batch.outputs.push_back(
-            {first + i, 0, greedy[size_t(i)], i, {.logprobs = top}, {}, nullptr});
+        batch.outputs.push_back({first + i, greedy[size_t(i)], i, {.logprobs = top}, {}, nullptr});
     return engine.model->step(batch);
 }
 
@@ -181,7 +180,7 @@ void check_difference(const Difference& d, double tolerance, Device device,
 std::vector<Results> check_greedy(Engine& engine, Device device, const json& prompts,
                                   double tolerance, int top) {
     Scheduler scheduler(limits_of(engine.checkpoint.config, 256, 512));
-    std::vector<std::shared_ptr<Sequence>> sequences;
+    Sequences sequences;
     std::vector<Results> answers;
     for (const json& prompt : prompts) {
         const std::vector<int> ids = prompt["ids"], greedy = prompt["greedy"];
@@ -321,12 +320,12 @@ void penalise(Sequence& s, const std::map<int, float>& biases) {
 // Prompts of all lengths around pages, windows and chunks; some greedy, some drawn, all with
 // logprobs. Of five the second is penalised, the third wants the logprobs of its prompt, the fourth
 // may use some ids only, the fifth is and wants all this.
-std::vector<std::shared_ptr<Sequence>> crowd(const Config& config, int count, unsigned seed) {
+Sequences crowd(const Config& config, int count, unsigned seed) {
     std::mt19937 random(seed);
     const auto pick = [&](int low, int high) {
         return std::uniform_int_distribution<int>(low, high)(random);
     };
-    std::vector<std::shared_ptr<Sequence>> all;
+    Sequences all;
     for (int i = 0; i < count; i++) {
         std::vector<int> prompt{Tokenizer::bos};
         for (int n = pick(0, 1) ? pick(0, 8) : pick(20, 150); n > 0; n--)
@@ -365,11 +364,10 @@ std::shared_ptr<Sequence> fresh(const Sequence& s) {
     return copy;
 }
 
-std::vector<Results> results_of(Model& model, const Limits& limits,
-                                const std::vector<std::shared_ptr<Sequence>>& sequences,
+std::vector<Results> results_of(Model& model, const Limits& limits, const Sequences& sequences,
                                 int* preemptions = nullptr) {
     Scheduler scheduler(limits);
-    std::vector<std::shared_ptr<Sequence>> copies;
+    Sequences copies;
     for (const auto& s : sequences) scheduler.add(copies.emplace_back(fresh(*s)));
     auto all = run(model, scheduler);
     if (preemptions) *preemptions = scheduler.preemptions();
@@ -443,7 +441,7 @@ TEST_CASE("the logprobs of a prompt are those with which it was generated") {
             INFO(name_of(device) << ", " << name);
             Engine engine(repository / name, device);
             const Config& config = engine.checkpoint.config;
-            std::vector<std::shared_ptr<Sequence>> writers, readers;
+            Sequences writers, readers;
             for (const int size : {3, 20, 50}) {
                 std::vector<int> prompt{Tokenizer::bos};
                 for (int i = 1; i < size; i++) prompt.push_back(3 + i * 7 % (config.vocab - 3));
@@ -515,7 +513,7 @@ struct Draw {
 const std::vector<int> drawn_after{Tokenizer::bos, 17, 300, 41};
 
 Output output_of(const Draw& draw, int vocab, int index = 0) {
-    Output out{3, 0, -1, index, draw.sampling, draw.adjustments, nullptr};
+    Output out{3, -1, index, draw.sampling, draw.adjustments, nullptr};
     if (draw.allowed.empty()) return out;
     std::vector<uint32_t> bits(size_t(vocab + 31) / 32, 0);
     for (const int id : draw.allowed) bits[size_t(id / 32)] |= 1u << id % 32;
@@ -748,7 +746,7 @@ TEST_CASE("logprobs are the raw logits', whatever is sampled") {
             INFO("output " << i);
             // The same output asked for as a plain target, alone.
             Batch alone = one_row(drawn_after);
-            alone.outputs.push_back({3, 0, results[i].id, 0, {.logprobs = 20}, {}, nullptr});
+            alone.outputs.push_back({3, results[i].id, 0, {.logprobs = 20}, {}, nullptr});
             CHECK(same({results[i]}, engine.model->step(alone)));
             CHECK(results[i].logprob == every[size_t(results[i].id)].logprob);
             if (i % 2) CHECK(results[i].id == 8);

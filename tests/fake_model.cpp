@@ -42,9 +42,11 @@ class FakeModel : public Model {
             }
         }
         Results results;
-        for (const Output& out : b.outputs) {
+        int row = 0;
+        for (const Output& out : b.outputs) {  // in the order of their tokens
+            while (b.row_start[size_t(row) + 1] <= out.token) row++;
             const Sampling& sampling = out.sampling;
-            const uint64_t context = hash(out.row, b.positions[size_t(out.token)]);
+            const uint64_t context = hash(row, b.positions[size_t(out.token)]);
             const uint64_t likeliest = (context >> 32) % ordinary;
             const auto logprob = [&](int rank) {
                 return -0.01f - float(rank) * (0.1f + float(context >> 40 & 0xfff) / 0x1p14f);

@@ -121,15 +121,15 @@ struct Setup {
     }
 };
 
-using Book = std::map<std::string, std::pair<int, double>>;  // of a Stream
+using Profile = std::map<std::string, std::pair<int, double>>;  // of a Stream
 
-Book book_of(CudaModel& model, const StepShape& shape) {
-    Book book;
-    model.stream.book = &book;
+Profile profile_of(CudaModel& model, const StepShape& shape) {
+    Profile profile;
+    model.stream.profile = &profile;
     model.forward(shape);
-    model.stream.book = nullptr;
+    model.stream.profile = nullptr;
     CUDA(cudaStreamSynchronize(model.stream.stream));
-    return book;
+    return profile;
 }
 
 double keys_of(const Config& c, int layer, double context) {
@@ -226,7 +226,7 @@ Rate decode(const Setup& s, int batch, int context, const Sampling& sampling) {
     const StepShape shape = s.model.pack(b, CudaModel::bucket_of(b));
     rate.bytes = step_bytes(s, b);
     rate.device = device_time(s.model.stream, [&] { s.model.forward(shape); });
-    for (const auto& entry : book_of(s.model, shape)) rate.launches += entry.second.first;
+    for (const auto& entry : profile_of(s.model, shape)) rate.launches += entry.second.first;
     scheduler.finish(s.model.step(b));
     rate.step = (rate.step + steps(half)) / (2 * half);
     return rate;
@@ -299,9 +299,9 @@ void kernel_rows(const Setup& s, const std::string& step, const Batch& b, bool p
     CudaModel& model = s.model;
     const StepShape shape = model.pack(b, CudaModel::bucket_of(b));
     const double whole = device_time(model.stream, [&] { model.forward(shape); });
-    const Book book = book_of(model, shape);
+    const Profile profile = profile_of(model, shape);
     double sum = 0;
-    for (const auto& [name, launches_bytes] : book) {
+    for (const auto& [name, launches_bytes] : profile) {
         const auto [launches, bytes] = launches_bytes;
         const int times = std::max(1, 24 / launches);
         model.stream.only = name.c_str();
@@ -395,7 +395,7 @@ void on_the_engine(const std::set<std::string>& sections) {
     row("read bandwidth, 4 GB", text("%.0f GB/s", bandwidth / 1e9), "");
     double engine = 0;
     {
-        CudaModel model(checkpoint, {256, 2 * step_tokens, 0.9});
+        CudaModel model(checkpoint, {2 * step_tokens, 0.9});
         // Local: the window of 256 rows, and a step. Global: 256 rows of 1,300.
         const int window = c.W / page_tokens + 2, step = 2 * step_tokens / page_tokens;
         const int pages[2] = {256 * (window + 1) + step, 256 * 1300 / page_tokens};

@@ -727,8 +727,8 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
         const Array<PagePair> table_(table);
         const Array<bf16> qkv_(qkv), q_norm(story.q_norm), k_norm(story.k_norm), pages(before),
             out_(size_t(padded * H) * size_t(E));
-        const Array<float> cos_sin_(cos_sin), part_out(size_t(slots * H) * size_t(E));
-        const Array<float2> part_sums(size_t(slots * H));
+        const Array<float> cos_sin_(cos_sin), chunk_out(size_t(slots * H) * size_t(E));
+        const Array<float2> chunk_sums(size_t(slots * H));
         Attention a{};
         a.tables.positions = positions_, a.tables.row_of = row_of_;
         a.tables.row_start = row_start_, a.tables.tile_start = tile_start_;
@@ -738,7 +738,7 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
         a.kv = static_cast<bf16*>(pages) + layer * first_in_page, a.page_stride = stride;
         a.pool = pool, a.window = story.window, a.H = H, a.G = G, a.E = E, a.N = N;
         a.eps = story.eps, a.scale = story.scale * log2e;
-        a.parts = part_out, a.part_sums = part_sums, a.out = out_;
+        a.chunk_out = chunk_out, a.chunk_sums = chunk_sums, a.out = out_;
         auto s = new_stream();
         if (tile_start.back()) write_kv(s, a), attend_tiles(s, a, tile_start.back());
         for (size_t i = 0; i + 1 < cuts.size(); i++) {
