@@ -41,17 +41,6 @@ inline std::string show(const json& value) {
     return s.size() <= 100 ? s : s.substr(0, 97) + "...";
 }
 
-template <class T>
-struct Field {
-    const char* name;
-    std::variant<bool T::*, int64_t T::*, double T::*, std::string T::*, std::vector<int> T::*,
-                 std::vector<std::string> T::*, std::map<int, double> T::*>
-        member;
-    double low = 0, high = 0;  // of a number, or of the members of a list; of strings: how many
-    const char* help = "";
-    bool without_effect = false;  // read and checked, and said so
-};
-
 constexpr double no_limit = std::numeric_limits<double>::infinity();
 constexpr double above_zero = std::numeric_limits<double>::min();
 constexpr double any_id = std::numeric_limits<int>::max();  // the vocabulary is checked behind it
@@ -77,60 +66,87 @@ inline std::optional<int64_t> as_integer(const json& v, double low, double high)
     return v.is_number_integer() ? v.get<int64_t>() : int64_t(number);
 }
 
+// What a field's value may be.
+struct Allowed {
+    const char* name;
+    double low = 0, high = 0;  // of a number, or of the members of a list; of strings: how many
+
+    std::string range() const {
+        return (low == above_zero ? " above 0" : text(" of at least %.15g", low)) +
+               (high == no_limit ? "" : text(" and at most %.15g", high));
+    }
+    void need(bool met, const json& value, const std::string& wanted) const {
+        if (met) return;
+        refuse(name, "%s must be %s, got %s", name, wanted.c_str(), show(value).c_str());
+    }
+};
+
+// One overload for each type of a member: checks a value, and puts it there.
+inline void assign(bool& out, const Allowed& allowed, const json& value) {
+    const double number = as_number(value);
+    const bool yes = value == "true" || number == 1;
+    allowed.need(yes || value == "false" || number == 0, value, "true or false");
+    out = yes;
+}
+inline void assign(int64_t& out, const Allowed& allowed, const json& value) {
+    const auto integer = as_integer(value, allowed.low, allowed.high);
+    allowed.need(integer.has_value(), value, "an integer" + allowed.range());
+    out = *integer;
+}
+inline void assign(double& out, const Allowed& allowed, const json& value) {
+    const double number = as_number(value);
+    const bool within = number >= allowed.low && number <= allowed.high;
+    allowed.need(within && !value.is_boolean(), value, "a number" + allowed.range());
+    out = number;
+}
+inline void assign(std::string& out, const Allowed& allowed, const json& value) {
+    allowed.need(value.is_string(), value, "a string");
+    out = value;
+}
+inline void assign(std::vector<int>& out, const Allowed& allowed, const json& value) {
+    const std::string wanted = "a list of integers" + allowed.range();
+    allowed.need(value.is_array(), value, wanted);
+    for (const json& one : value) {
+        const auto integer = as_integer(one, allowed.low, allowed.high);
+        allowed.need(integer.has_value() && one.is_number(), value, wanted);
+        out.push_back(int(*integer));
+    }
+}
+inline void assign(std::vector<std::string>& out, const Allowed& allowed, const json& value) {
+    const json list = value.is_string() ? json::array({value}) : value;
+    const auto good = [](const json& s) { return s.is_string() && s != ""; };
+    const bool met = list.is_array() && double(list.size()) <= allowed.high &&
+                     std::all_of(list.begin(), list.end(), good);
+    allowed.need(met, value,
+                 text("a string or a list of at most %.0f, none of them empty", allowed.high));
+    out = list;
+}
+inline void assign(std::map<int, double>& out, const Allowed& allowed, const json& value) {
+    const char* const wanted = "an object of token ids and numbers";
+    allowed.need(value.is_object(), value, wanted);
+    for (const auto& [id, amount] : value.items()) {
+        const auto integer = as_integer(id, allowed.low, allowed.high);
+        const bool good = std::isfinite(as_number(amount)) && !amount.is_boolean();
+        allowed.need(integer && good, value, wanted);
+        out[int(*integer)] = as_number(amount);
+    }
+}
+
+template <class T>
+struct Field {
+    const char* name;
+    std::variant<bool T::*, int64_t T::*, double T::*, std::string T::*, std::vector<int> T::*,
+                 std::vector<std::string> T::*, std::map<int, double> T::*>
+        member;
+    double low = 0, high = 0;  // as Allowed's
+    const char* help = "";
+    bool without_effect = false;  // read and checked, and said so
+};
+
 template <class T>
 void assign(T& out, const Field<T>& field, const json& value) {
-    const auto need = [&](bool met, const std::string& allowed) {
-        if (met) return;
-        refuse(field.name, "%s must be %s, got %s", field.name, allowed.c_str(),
-               show(value).c_str());
-    };
-    const std::string range =
-        (field.low == above_zero ? " above 0" : text(" of at least %.15g", field.low)) +
-        (field.high == no_limit ? "" : text(" and at most %.15g", field.high));
-    const double number = as_number(value);
-    std::visit(
-        [&](auto member) {
-            using M = std::decay_t<decltype(out.*member)>;
-            if constexpr (std::is_same_v<M, bool>) {
-                const bool yes = value == "true" || number == 1;
-                need(yes || value == "false" || number == 0, "true or false");
-                out.*member = yes;
-            } else if constexpr (std::is_same_v<M, int64_t>) {
-                const auto integer = as_integer(value, field.low, field.high);
-                need(integer.has_value(), "an integer" + range);
-                out.*member = *integer;
-            } else if constexpr (std::is_same_v<M, double>) {
-                need(number >= field.low && number <= field.high && !value.is_boolean(),
-                     "a number" + range);
-                out.*member = number;
-            } else if constexpr (std::is_same_v<M, std::string>) {
-                need(value.is_string(), "a string");
-                out.*member = value;
-            } else if constexpr (std::is_same_v<M, std::vector<int>>) {
-                need(value.is_array(), "a list of integers" + range);
-                for (const json& one : value) {
-                    const auto integer = as_integer(one, field.low, field.high);
-                    need(integer.has_value() && one.is_number(), "a list of integers" + range);
-                    (out.*member).push_back(int(*integer));
-                }
-            } else if constexpr (std::is_same_v<M, std::vector<std::string>>) {
-                const json list = value.is_string() ? json::array({value}) : value;
-                const auto good = [](const json& s) { return s.is_string() && s != ""; };
-                need(list.is_array() && double(list.size()) <= field.high &&
-                         std::all_of(list.begin(), list.end(), good),
-                     text("a string or a list of at most %.0f, none of them empty", field.high));
-                out.*member = list;
-            } else {
-                need(value.is_object(), "an object of token ids and numbers");
-                for (const auto& [id, amount] : value.items()) {
-                    const auto integer = as_integer(id, field.low, field.high);
-                    const bool good = std::isfinite(as_number(amount)) && !amount.is_boolean();
-                    need(integer && good, "an object of token ids and numbers");
-                    (out.*member)[int(*integer)] = as_number(amount);
-                }
-            }
-        },
-        field.member);
+    const Allowed allowed{field.name, field.low, field.high};
+    std::visit([&](auto member) { assign(out.*member, allowed, value); }, field.member);
 }
 
 template <class T>

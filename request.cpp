@@ -151,10 +151,10 @@ void check_fields(const Served& served, Request& r, const json& body) {
                                      std::pair("logit_bias", r.logit_bias.size())}) {
         if (size > 1024) refuse(name, "%s must have at most 1024 ids, got %zu", name, size);
     }
-    const int V = served.checkpoint->config.V, drawn = served.checkpoint->config.vocab;
+    const int V = served.checkpoint->config.V, vocab = served.checkpoint->config.vocab;
     for (const auto& [id, bias] : r.logit_bias) check_id(id, V, "logit_bias");
     for (const int id : r.stop_token_ids) check_id(id, V, "stop_token_ids");
-    for (const int id : r.allowed_token_ids) check_id(id, drawn, "allowed_token_ids");
+    for (const int id : r.allowed_token_ids) check_id(id, vocab, "allowed_token_ids");
     const auto allowed = body.find("allowed_token_ids");
     if (allowed != body.end() && !allowed->is_null() && r.allowed_token_ids.empty())
         refuse("allowed_token_ids", "allowed_token_ids must be a list of at least one id, got []");
@@ -286,7 +286,8 @@ void check_scores(const Request& r) {
                ids, tokens, int(r.n), int(r.prompt_logprobs) + 1);
 }
 
-// The order of checks is part of the API: of several mistakes a client is told the first.
+// The order of checks is part of the API: of several mistakes a client is told the first. A full
+// queue (429) comes behind these, and before those of prompts (see generate in server.cpp).
 Request parse_request(const Served& served, const json& body, bool chat) {
     const SamplingDefaults& d = served.checkpoint->defaults;
     Request r;
@@ -369,9 +370,9 @@ std::shared_ptr<const Mask> make_mask(const Served& served, const Request& r,
 
 }  // namespace
 
-std::vector<std::shared_ptr<Sequence>> make_sequences(const Served& served, const Request& r,
-                                                      const std::shared_ptr<Inbox>& inbox,
-                                                      const std::function<uint64_t()>& draw_seed) {
+Sequences make_sequences(const Served& served, const Request& r,
+                         const std::shared_ptr<Inbox>& inbox,
+                         const std::function<uint64_t()>& draw_seed) {
     std::vector<int> stop_ids = r.stop_token_ids;
     const auto& eos = served.checkpoint->config.eos;
     if (!r.ignore_eos) stop_ids.insert(stop_ids.end(), eos.begin(), eos.end());
@@ -380,7 +381,7 @@ std::vector<std::shared_ptr<Sequence>> make_sequences(const Served& served, cons
     if (r.min_tokens > 0) ends.insert(ends.end(), eos.begin(), eos.end());
     const auto allowed = make_mask(served, r, {});
     const auto allowed_before = r.min_tokens > 0 ? make_mask(served, r, ends) : nullptr;
-    std::vector<std::shared_ptr<Sequence>> sequences;
+    Sequences sequences;
     for (const auto& prompt : r.prompts) {
         const int size = int(prompt.size()), own_limit = served.checkpoint->defaults.max_new_tokens;
         int max_tokens = r.max_tokens < 0 ? served.max_model_len - size : int(r.max_tokens);

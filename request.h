@@ -20,7 +20,8 @@ using nlohmann::json;
 
 // What requests are checked against: constant once the model is ready.
 struct Served {
-    std::vector<std::string> names;  // that requests may use; the first is the default
+    std::vector<std::string>
+        names;  // that requests may use, at least one; the first is the default
     const Checkpoint* checkpoint = nullptr;
     const Tokenizer* tokenizer = nullptr;
     Limits limits{};
@@ -64,8 +65,8 @@ Request parse_tokenize(const Served& served, const json& body);  // with one pro
 std::vector<int> parse_detokenize(const Served& served, const json& body);
 
 // One for each choice: choice i of prompt p has the index p * n + i, and the seed plus i.
-std::vector<std::shared_ptr<Sequence>> make_sequences(const Served& served, const Request& r,
-                                                      const std::shared_ptr<Inbox>& inbox,
-                                                      const std::function<uint64_t()>& draw_seed);
+Sequences make_sequences(const Served& served, const Request& r,
+                         const std::shared_ptr<Inbox>& inbox,
+                         const std::function<uint64_t()>& draw_seed);
 
 }  // namespace gemma

@@ -29,8 +29,8 @@ namespace {
 
 // [1] Routes --------------------------------------------------------------------------------------
 
-// A request that is being answered. It waits for the model; when the server leaves, it is refused,
-// and those that are inside are waited for.
+// A request that is being answered. A new request waits until the model is loaded, and is refused
+// when the server is shutting down; main.cpp waits for the requests that are inside.
 struct Visit {
     Service& service;
     const double begun = seconds();
@@ -38,19 +38,20 @@ struct Visit {
 
     Visit(Service& s, const std::string& of_request) : service(s), trace(of_request) {
         service.wait([&] { return service.ready || service.leaving; });
-        service.change([&] {
+        service.locked([&] {
             if (service.leaving) throw Refusal{503, "the server is shutting down", ""};
             service.in_flight++;
         });
     }
     ~Visit() {
-        service.change([&] { service.in_flight--; });
+        service.locked([&] { service.in_flight--; });
     }
     Visit(const Visit&) = delete;
 };
 
-// [2]: posts the request's sequences; the reply gives what comes of them.
-HttpReply start_answer(std::shared_ptr<Visit> visit, Request request);
+// [2]: posts the request's sequences; the reply's body is made of what comes into the inbox.
+HttpReply start_answer(std::shared_ptr<Visit> visit, Request request, std::shared_ptr<Inbox> inbox,
+                       Sequences sequences);
 
 HttpReply json_reply(const ordered& body) {
     return {body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json", {}};
@@ -86,7 +87,10 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
             parse_prompts(served, prompts, r);
         for (const auto& prompt : r.prompts) check_length(served, r, prompt.size());
         check_scores(r);
-        return start_answer(visit, std::move(r));
+        const auto inbox = std::make_shared<Inbox>();
+        auto sequences =
+            make_sequences(served, r, inbox, [&] { return visit->service.draw_seed(); });
+        return start_answer(visit, std::move(r), inbox, std::move(sequences));
     } catch (...) {
         engine.give_back(count);  // nothing was posted
         throw;
@@ -116,7 +120,7 @@ HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& ht
     const std::string all = "/v1/models";
     if (http.path != all) {
         const std::string name = http.path.substr(all.size() + 1);
-        check_model(service.served, name.empty() ? "/" : name);
+        check_model(service.served, name.empty() ? "/" : name);  // "" would mean the default
         return json_reply(card(service, name));
     }
     ordered list = ordered::parse(R"({"object":"list","data":[]})");
@@ -126,7 +130,7 @@ HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& ht
 }
 
 HttpReply metrics_page(Service& service) {
-    if (!service.change([&] { return service.ready; }))
+    if (!service.locked([&] { return service.ready; }))
         throw Refusal{503, "the model is loading", ""};
     const std::string labels = R"(engine="0",model_name=)" + quote(service.served.names[0]);
     return {service.metrics->page(labels, service.cache_config),
@@ -135,7 +139,7 @@ HttpReply metrics_page(Service& service) {
 }
 
 HttpReply health(Service& service) {
-    return service.change([&]() -> HttpReply {
+    return service.locked([&]() -> HttpReply {
         if (service.leaving) throw Refusal{503, "the server is shutting down", ""};
         if (!service.ready) throw Refusal{503, "the model is loading", ""};
         return {};
@@ -149,7 +153,7 @@ struct LargeTurn {
     ~LargeTurn() { malloc_trim(0); }
 };
 
-HttpReply post_reply(Service& service, Handler handler, const HttpRequest& http) {
+HttpReply body_reply(Service& service, Handler handler, const HttpRequest& http) {
     const auto visit = std::make_shared<Visit>(service, http.trace);
     const auto answer = [&] { return handler(visit, http, parse_body(http.body)); };
     if (http.body.size() <= 64 << 10) return answer();
@@ -157,11 +161,11 @@ HttpReply post_reply(Service& service, Handler handler, const HttpRequest& http)
     return answer();
 }
 
-// What asks for text and is refused has its line in the log, as an answer has (~Answer).
+// A request for text that is refused has its line in the log, as an answer has (~Answer).
 HttpReply generation_reply(Service& service, Handler handler, const HttpRequest& http) {
     const double begun = seconds();
     try {
-        return post_reply(service, handler, http);
+        return body_reply(service, handler, http);
     } catch (const Refusal& r) {
         Generation g;
         g.status = r.status;
@@ -177,32 +181,32 @@ HttpReply generation_reply(Service& service, Handler handler, const HttpRequest&
 }  // namespace
 
 std::vector<Route> Service::routes() {
-    const auto post = [this](const char* path, auto reply, Handler handler) -> Route {
+    const auto on_post = [this](const char* path, auto reply, Handler handler) -> Route {
         return {"POST", path, [this, reply, handler](const HttpRequest& http) {
                     return reply(*this, handler, http);
                 }};
     };
-    const auto get = [this](const char* path, auto handler) -> Route {
+    const auto on_get = [this](const char* path, auto handler) -> Route {
         return {"GET", path, [this, handler](const HttpRequest&) { return handler(*this); }};
     };
     const auto models = [this](const HttpRequest& http) {
         return list_models(std::make_shared<Visit>(*this, http.trace), http, {});
     };
-    return {post("/v1/completions", generation_reply, generate<false>),
-            post("/v1/chat/completions", generation_reply, generate<true>),
-            post("/tokenize", post_reply, tokenize),
-            post("/detokenize", post_reply, detokenize),
+    return {on_post("/v1/completions", generation_reply, generate<false>),
+            on_post("/v1/chat/completions", generation_reply, generate<true>),
+            on_post("/tokenize", body_reply, tokenize),
+            on_post("/detokenize", body_reply, detokenize),
             {"GET", "/v1/models", models},
             {"GET", "/v1/models/", models},
-            get("/health", health),
-            get("/ping", health),
+            on_get("/health", health),
+            on_get("/ping", health),
             {"POST", "/ping", [this](const HttpRequest&) { return health(*this); }, false},
-            get("/metrics", metrics_page),
-            get("/load",
-                [](Service& s) {
-                    return json_reply({{"server_load", s.change([&] { return s.generating; })}});
-                }),
-            get("/version", [](Service&) {
+            on_get("/metrics", metrics_page),
+            on_get("/load",
+                   [](Service& s) {
+                       return json_reply({{"server_load", s.locked([&] { return s.generating; })}});
+                   }),
+            on_get("/version", [](Service&) {
                 return json_reply({{"version", GEMMA_VERSION}});
             })};
 }
@@ -211,44 +215,43 @@ namespace {
 
 // [2] Answers -------------------------------------------------------------------------------------
 
-// One request's answer, streamed or whole, text or chat. Lives as long as its response; when that
-// ends, whatever still runs for it is cancelled.
+// One request's answer, streamed or whole, text or chat. Lives as long as its response; when the
+// response ends, whatever still runs for it is cancelled.
 class Answer {
     // In this order: each is made of those above it.
     const std::shared_ptr<Visit> visit;
     Service& service = visit->service;
     const Request request;
-    const std::shared_ptr<Inbox> inbox = std::make_shared<Inbox>();
-    const std::vector<std::shared_ptr<Sequence>> sequences;
+    const std::shared_ptr<Inbox> inbox;
+    const Sequences sequences;
     std::vector<Choice> choices = std::vector<Choice>(
         sequences.size(), Choice(*service.served.tokenizer, !request.skip_special_tokens));
     size_t unfinished = sequences.size();
     int prompt_tokens = 0;
     double queued = -1, first_token = -1;  // seconds from the request to its first token's step
-    bool started = false;
+    bool role_sent = false;
     const Writer writer{request, *service.served.tokenizer,
                         (request.chat ? "chatcmpl-" : "cmpl-") +
                             (request.id.empty() ? service.draw_hex() : request.id)};
 
   public:
-    Answer(std::shared_ptr<Visit> v, Request r)
+    Answer(std::shared_ptr<Visit> v, Request r, std::shared_ptr<Inbox> of_request, Sequences all)
         : visit(std::move(v)),
           request(std::move(r)),
-          sequences(make_sequences(service.served, request, inbox,
-                                   [this] { return service.draw_seed(); })) {
+          inbox(std::move(of_request)),
+          sequences(std::move(all)) {
         for (size_t i = 0; i < choices.size(); i++) begin(choices[i], i / size_t(request.n));
         for (const auto& prompt : request.prompts) prompt_tokens += int(prompt.size());
         service.metrics->change([&](Figures& f) {
             f.asked_n.observe(double(request.n));
             f.prompt_tokens += prompt_tokens;
         });
-        service.change([&] { service.generating++; });
+        service.locked([&] { service.generating++; });
     }
-    void post() { service.engine->post(sequences); }
     ~Answer() {
         for (const auto& s : sequences) s->cancelled = true;
         service.metrics->change([&](Figures& f) { f.aborted += double(unfinished); });
-        service.change([&] { service.generating--; });
+        service.locked([&] { service.generating--; });
         if (!service.options.disable_log_requests) log();
     }
     Answer(const Answer&) = delete;
@@ -283,9 +286,9 @@ class Answer {
 
     // Appends what has come; false: that was all.
     bool pump(std::string& out) {
-        if (request.stream && request.chat && !started) {
+        if (request.stream && request.chat && !role_sent) {
             for (size_t i = 0; i < choices.size(); i++) writer.role_event(out, choices[i], i);
-            started = true;
+            role_sent = true;
             return true;
         }
         for (const Delivery& delivery : inbox->take()) take(out, delivery);
@@ -316,7 +319,7 @@ class Answer {
     // One delivery becomes text and logprobs of its choice.
     void take(std::string& out, const Delivery& d) {
         Choice& c = choices[size_t(d.choice)];
-        if (c.finished) return;  // it came behind a stop string
+        if (c.finished) return;  // computed before the scheduler dropped what a stop string ended
         if (d.of_prompt) {
             Writer::append(c.prompt_logprobs, writer.ranked(d.result));
             if (request.echo && !request.chat && request.logprobs >= 0)
@@ -327,7 +330,7 @@ class Answer {
         if (request.max_tokens != 0) {  // 0: the text was only scored, and this is its end
             c.tokens++;
             if (request.logprobs >= 0) writer.add_logprobs(c, d.result);
-            if (finish == Finish::stop && d.result.id != Tokenizer::eos)
+            if (finish == Finish::stop && d.result.id != Tokenizer::eos)  // <eos>: null, as vLLM
                 c.stop_reason = std::to_string(d.result.id);
             if (finish != Finish::stop || request.include_stop)
                 c.held += c.detokenizer.push(d.result.id);
@@ -368,8 +371,8 @@ class Answer {
         c.finish_reason = quote(finish == Finish::stop     ? "stop"
                                 : finish == Finish::length ? "length"
                                                            : "abort");
-        // The scheduler knows no stop strings; cancelling makes it drop the sequence in the next
-        // step.
+        // A stop string is text, and the scheduler knows ids only: cancelling makes it drop the
+        // sequence when it plans the next step.
         sequences[size_t(index)]->cancelled = true;
         unfinished--;
         service.metrics->change([&](Figures& m) {
@@ -440,10 +443,15 @@ class Answer {
     }
 };
 
-HttpReply start_answer(std::shared_ptr<Visit> visit, Request request) {
-    const auto answer = std::make_shared<Answer>(std::move(visit), std::move(request));
+// Nothing may be refused from here on: ~Answer logs its own line and counts an aborted request, and
+// a sequence that is posted gives its place back itself, so the caller must not.
+HttpReply start_answer(std::shared_ptr<Visit> visit, Request request, std::shared_ptr<Inbox> inbox,
+                       Sequences sequences) {
+    Engine& engine = *visit->service.engine;
+    const auto answer =
+        std::make_shared<Answer>(std::move(visit), std::move(request), std::move(inbox), sequences);
     HttpReply reply = answer->reply(answer);
-    answer->post();  // last: whatever throws before leaves its places to generate's catch
+    engine.post(sequences);
     return reply;
 }
 
@@ -466,7 +474,7 @@ std::deque<Delivery> Inbox::take() {
 }
 
 Engine::Engine(std::unique_ptr<Model> m, const Limits& limits, int max_queue, Metrics& of_service)
-    : most(limits.max_num_seqs + max_queue),
+    : most_places(limits.max_num_seqs + max_queue),
       model(std::move(m)),
       scheduler(limits),
       metrics(of_service),
@@ -483,11 +491,11 @@ Engine::~Engine() {
 
 void Engine::enter(int count) {
     const std::lock_guard lock(mutex);
-    if (places_taken + count > most)
+    if (places_taken + count > most_places)
         throw Refusal{429,
                       text("the queue is full: %d sequences run or wait, of at most %d, and this "
                            "request has %d: try again soon",
-                           places_taken, most, count),
+                           places_taken, most_places, count),
                       ""};
     places_taken += count;
 }
@@ -497,10 +505,10 @@ void Engine::give_back(int count) {
     places_taken -= count;
 }
 
-void Engine::post(const std::vector<std::shared_ptr<Sequence>>& sequences) {
+void Engine::post(const Sequences& sequences) {
     {
         const std::lock_guard lock(mutex);
-        arrived.insert(arrived.end(), sequences.begin(), sequences.end());
+        posted.insert(posted.end(), sequences.begin(), sequences.end());
     }
     changed.notify_all();
 }
@@ -510,7 +518,7 @@ bool Engine::rests(std::chrono::milliseconds wait) {
     return changed.wait_for(lock, wait, [&] { return resting; });
 }
 
-// For ever: who is new, whose tokens, a step, and its results to those who wait for them.
+// A turn: take what was posted, plan a step, run it, deliver its results.
 void Engine::run() {
     bool idle = true;
     while (auto news = wait_for_work(idle)) {
@@ -533,17 +541,17 @@ void Engine::run() {
     }
 }
 
-// Sequences that have arrived; with nothing else to do, waits for some.
-std::optional<std::vector<std::shared_ptr<Sequence>>> Engine::wait_for_work(bool idle) {
+// The sequences that were posted; with nothing else to do, waits for some.
+std::optional<Sequences> Engine::wait_for_work(bool idle) {
     std::unique_lock lock(mutex);
     if (idle) {
         resting = true;
         changed.notify_all();
-        changed.wait(lock, [&] { return !arrived.empty() || stopping; });
+        changed.wait(lock, [&] { return !posted.empty() || stopping; });
         resting = false;
     }
     if (stopping) return std::nullopt;
-    return std::exchange(arrived, {});
+    return std::exchange(posted, {});
 }
 
 void Engine::deliver(std::vector<Delivery> deliveries) const {
@@ -611,26 +619,27 @@ void Service::open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
                         page_tokens, limits.pages[global_pool], limits.pages[local_pool]);
     metrics.emplace(max_model_len);
     engine.emplace(std::move(model), limits, int(options.max_queue), *metrics);
-    change([&] { ready = true; });
+    locked([&] { ready = true; });
 }
 
 uint64_t Service::draw_seed() {
-    return change([&] { return seeds(); });
+    return locked([&] { return seeds(); });
 }
 
 std::string Service::draw_hex() {
-    return change([&] { return text("%016lx%016lx", long(ids()), long(ids())); });
+    return locked([&] { return text("%016lx%016lx", long(ids()), long(ids())); });
 }
 
 bool Service::leave() {
-    return change([&] {
+    return locked([&] {
         leaving = true;
         return ready;
     });
 }
 
 bool Service::drained(std::chrono::milliseconds at_most) {
-    return wait([&] { return in_flight == 0; }, at_most);
+    std::unique_lock lock(mutex);
+    return changed.wait_for(lock, at_most, [&] { return in_flight == 0; });
 }
 
 bool Service::rests(std::chrono::milliseconds at_most) { return engine->rests(at_most); }

@@ -39,7 +39,8 @@ struct Options {
 };
 
 // One for each request, whatever its number of prompts and choices. It must not hold a Sequence:
-// Sequence::inbox points here, and the cycle would leak both.
+// Sequence::inbox points here, and the cycle would leak both. It has no bound, so that nothing
+// makes the engine wait: a request's max_tokens limits it.
 struct Inbox {
     void put(Delivery delivery);
     // What has arrived. Waits for 50 ms at most, so that the caller can look after its client.
@@ -57,24 +58,25 @@ class Engine {
     ~Engine();
     Engine(const Engine&) = delete;
 
-    // Takes places in the queue for so many sequences, all or none; Refusal 429: it is full. A
-    // place is given back when a sequence that was posted has ended, or by give_back.
+    // Takes places for so many sequences that run or wait, all or none; Refusal 429: there are not
+    // enough. Who entered and posts nothing must call give_back; once posted, `run` calls it for
+    // each sequence that ends.
     void enter(int count);
     void give_back(int count);
-    void post(const std::vector<std::shared_ptr<Sequence>>& sequences);
-    bool rests(std::chrono::milliseconds wait);  // amid no step, and with nothing to do
+    void post(const Sequences& sequences);
+    bool rests(std::chrono::milliseconds wait);  // does it wait for work, amid no step?
 
   private:
     void run();  // the thread
     // nullopt: the engine stops. Empty: nobody is new.
-    std::optional<std::vector<std::shared_ptr<Sequence>>> wait_for_work(bool idle);
+    std::optional<Sequences> wait_for_work(bool idle);
     void deliver(std::vector<Delivery> deliveries) const;
     void count(const std::vector<Delivery>& deliveries) const;
     int present() const { return scheduler.waiting() + scheduler.running(); }
     void show() const;
     void check_books() const;
 
-    const int most;  // sequences that run or wait
+    const int most_places;
     // engine thread only
     std::unique_ptr<Model> model;
     Scheduler scheduler;
@@ -82,7 +84,7 @@ class Engine {
     // any thread
     std::mutex mutex;
     std::condition_variable changed;
-    std::vector<std::shared_ptr<Sequence>> arrived;  // guarded by mutex, as are the next
+    Sequences posted;  // guarded by mutex, as are the next
     int places_taken = 0;
     bool stopping = false, resting = false;
     std::thread thread;  // last: it starts when the rest is there
@@ -100,20 +102,21 @@ struct Service {
               std::unique_ptr<Model> model, const Limits& limits, int max_model_len);
     bool leave();                                  // nobody new from here on: 503. Was it open?
     bool drained(std::chrono::milliseconds wait);  // is no request inside any more?
-    bool rests(std::chrono::milliseconds wait);    // is its engine amid no step? only once open
+    bool rests(std::chrono::milliseconds wait);    // as Engine's; only once open
 
     // For routes and answers, in server.cpp.
     uint64_t draw_seed();
     std::string draw_hex();  // 32 digits, for ids
-    // Runs `how` under the mutex, and wakes those who wait (they look when the mutex is free).
-    auto change(auto&& how) {
+    // Calls f under the mutex, then wakes the threads that wait: f may have changed what they wait
+    // for.
+    auto locked(auto&& f) {
         const std::lock_guard lock(mutex);
-        changed.notify_all();
-        return how();
+        changed.notify_all();  // they look once the mutex is free
+        return f();
     }
-    bool wait(auto&& until, std::chrono::milliseconds at_most = std::chrono::hours(100'000)) {
+    void wait(auto&& until) {
         std::unique_lock lock(mutex);
-        return changed.wait_for(lock, at_most, until);
+        changed.wait(lock, until);
     }
 
     const Options options;
@@ -129,7 +132,7 @@ struct Service {
     int in_flight = 0, generating = 0;
     std::mt19937_64 seeds, ids{std::random_device{}()};
     // any thread
-    std::atomic<bool> cut{false};  // who is inside ends now, with what it has
+    std::atomic<bool> cut{false};  // answers end now, with what they have
     std::mutex large;              // SentencePiece takes up to 800 MB for 4 MiB: one at a time
 };
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // writer.h: vLLM's JSON, as text, so that its shape can be compared with vLLM's, key for key.
-// Sitting 3; server.cpp's Answer fills the choices. One writer for text and chat, streamed and
-// whole.
+// Sitting 3; server.cpp's Answer fills the choices, http.cpp sends the text. One writer for text
+// and chat, streamed and whole.
 #pragma once
 
 #include <algorithm>
