@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// api_test.cpp: every parameter and every route, and the contracts of those who call them.
+// api_test.cpp: every parameter and every route, and the requests of known client programs.
 //
-//   [1] Prompts      what the model sees of a request
-//   [2] Scores       echo, and the prompt's logprobs
-//   [3] Choices      what moves them, and what does not
-//   [4] Ends         the stops, and what is shown of them
-//   [5] Refusals     ranges, and the order of checks
-//   [6] Books        usage, ids
-//   [7] Routes       the small ones, CORS, keys
+//   [1] Prompts        the ids that a request gives the model
+//   [2] Prompt scores  echo and prompt_logprobs
+//   [3] Choices        the parameters that change which token is chosen
+//   [4] Stops          stop ids and stop strings, and how much of them the text shows
+//   [5] Refusals       ranges, and the order of the checks
+//   [6] Usage and ids
+//   [7] Routes         the routes that do not generate, CORS, API keys
 //   [8] Metrics
-//   [9] Callers      requests that others' programs send
-//   [10] Old wounds  a case for each bug that others had
+//   [9] Clients        requests as known client programs send them
+//   [10] Known bugs    a case for each bug that other servers have had
 //
-// [http] holds for any model behind the server, [demo] needs the demo model's own logits.
+// A case tagged [http] holds for any model behind the server; [demo] needs the demo model's logits.
 #include "client.h"
 
 #include <limits>
@@ -23,7 +23,7 @@
 
 namespace {
 
-// An answer that must be the same streamed.
+// The answer to a request, which must be the same when it is streamed.
 json both(const std::string& path, const json& fields, int port = server().port) {
     json answer = ask(path, fields, port);
     const Stream s = stream(path, fields, port);
@@ -52,7 +52,7 @@ json last(const json& list, size_t n) {
     return json(json::array_t(list.end() - ptrdiff_t(n), list.end()));
 }
 
-// Fields that make a choice say which ids it has, and those ids.
+// Fields with which a choice names its tokens by id. ids_of reads these ids back.
 json as_ids(const std::string& path, int k = 0) {
     json fields{{"return_tokens_as_token_ids", true}, {"logprobs", k}};
     if (path == chat) fields["logprobs"] = true, fields["top_logprobs"] = k;
@@ -75,7 +75,7 @@ Ids made(const std::string& path, const json& fields) {
 const json& prompt_logprobs(const std::string& path, const json& answer) {
     return path == chat ? answer["prompt_logprobs"] : answer["choices"][0]["prompt_logprobs"];
 }
-// The ids that the model saw. The first has no logprob, so it does not show: -1.
+// The prompt's ids, read from prompt_logprobs. The first token has no entry there: it is -1.
 Ids seen(const std::string& path, const json& fields) {
     const json answer = ask(path, with(fields, {{"prompt_logprobs", 0}, {"max_tokens", 1}}));
     const json list = prompt_logprobs(path, answer);
@@ -97,8 +97,8 @@ size_t characters(const std::string& s) {
     return size_t(std::count_if(s.begin(), s.end(), [](char c) { return (c & 0xc0) != 0x80; }));
 }
 
-// The four lists of a completion: one length, offsets that go on, and the token's very own float
-// among its alternatives.
+// Checks the four logprobs lists of a completion: they have one length, each offset is the end of
+// the token before, and top_logprobs has the chosen token with exactly its own logprob.
 void check_lists(const json& lists, size_t size, size_t k, bool from_start) {
     CHECK(keys(lists) == Strings{"text_offset", "token_logprobs", "tokens", "top_logprobs"});
     for (const json& list : lists) REQUIRE(list.size() == size);
@@ -117,7 +117,7 @@ void check_lists(const json& lists, size_t size, size_t k, bool from_start) {
     }
 }
 
-std::string everything(int port, const std::string& request) {  // until the server closes
+std::string everything(int port, const std::string& request) {  // reads until the server closes
     Raw raw(port);
     raw.write(request);
     return raw.read_until("\x01");
@@ -128,7 +128,7 @@ std::string everything(int port, const std::string& request) {  // until the ser
 // [1] Prompts -------------------------------------------------------------------------------------
 
 TEST_CASE("what the model sees of a chat, token for token", "[http]") {
-    // The body, and a raw prompt of the same tokens.
+    // Each row: a chat body, and a raw prompt that must give the same tokens.
     const json table = json::parse(R"([
         [{"messages": [{"role": "user", "content": "Hi"}]},
             "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"],
@@ -204,7 +204,7 @@ TEST_CASE("a cut prompt may be longer than the context", "[http]") {
     CHECK(answer["usage"]["prompt_tokens"] == 5);
 }
 
-// [2] Scores --------------------------------------------------------------------------------------
+// [2] Prompt scores -------------------------------------------------------------------------------
 
 TEST_CASE("prompt_logprobs: an entry for each token but the first, on both endpoints", "[http]") {
     const Ids ids = tokens_of(base(chat));
@@ -213,7 +213,7 @@ TEST_CASE("prompt_logprobs: an entry for each token but the first, on both endpo
         const json spoken = ask(chat, common);
         const json raw = complete(with(common, {{"prompt", ids}}));
         const json list = prompt_logprobs(completions, raw);
-        CHECK(list == prompt_logprobs(chat, spoken));  // they saw the same tokens
+        CHECK(list == prompt_logprobs(chat, spoken));  // the same tokens
         CHECK(raw["choices"][0]["logprobs"].is_null());
         REQUIRE(list.size() == ids.size());
         CHECK(list[0].is_null());
@@ -286,7 +286,8 @@ TEST_CASE("echo: the prompt's text before the output, in every form of a prompt"
                 check_lists(choice["logprobs"], size + 4, k, true);
                 CHECK(last(choice["logprobs"]["token_logprobs"], 4) ==
                       silent["choices"][i]["logprobs"]["token_logprobs"]);
-                CHECK(choice["prompt_logprobs"].size() == size);  // as vLLM: implied
+                CHECK(choice["prompt_logprobs"].size() ==
+                      size);  // echo with logprobs implies prompt_logprobs, as in vLLM
             }
         }
     }
@@ -353,7 +354,7 @@ TEST_CASE("echo of a chat: the last message, if the answer goes on from it", "[h
 
 namespace {
 
-// A text without an answer: nothing but its scores.
+// The logprobs of a text's own tokens; nothing is generated.
 json score(const Ids& ids, size_t k, int port = server().port) {
     const json fields{{"prompt", ids}, {"echo", true}, {"max_tokens", 0}};
     return ask(completions, with(fields, as_ids(completions, int(k))), port)["choices"][0];
@@ -361,8 +362,9 @@ json score(const Ids& ids, size_t k, int port = server().port) {
 
 }  // namespace
 
-TEST_CASE("scoring a text gives the floats of its making, to the last bit", "[http]") {
-    // What moves the choice of a token does not move its logprob.
+TEST_CASE("scoring a text gives the logprobs with which it was generated, to the last bit",
+          "[http]") {
+    // Sampling parameters change which token is chosen, never the logprob of a token.
     const Ids prompt = tokenized("The server answers");
     for (const json& making :
          {json{{"temperature", 0}}, json{{"seed", 3}, {"temperature", 2}, {"top_k", 0}},
@@ -387,7 +389,7 @@ TEST_CASE("scoring a text gives the floats of its making, to the last bit", "[ht
     }
 }
 
-TEST_CASE("scores depend on no chunk, no page, no neighbour and no cache", "[http]") {
+TEST_CASE("scores do not depend on chunks, pages, neighbours or the prefix cache", "[http]") {
     Server tiny({"--num-gpu-blocks-override", "6", "--max-num-batched-tokens", "7"});
     std::vector<Ids> texts;
     for (int t = 0; t < 4; t++) {
@@ -396,7 +398,7 @@ TEST_CASE("scores depend on no chunk, no page, no neighbour and no cache", "[htt
     }
     json alone = json::array();
     for (const Ids& ids : texts) alone.push_back(score(ids, 2)["prompt_logprobs"]);
-    CHECK(score(texts[0], 2)["prompt_logprobs"] == alone[0]);  // now its pages are cached
+    CHECK(score(texts[0], 2)["prompt_logprobs"] == alone[0]);  // from the prefix cache
     const json answer = ask(completions,
                             {{"prompt", texts},
                              {"max_tokens", 70},
@@ -429,12 +431,12 @@ TEST_CASE("logit_bias: 100 forces an id, -100 bans it", "[http]") {
     const auto biased = [](double a, double b) {
         return made(completions, {{"max_tokens", 8}, {"logit_bias", {{"700", a}, {"1500", b}}}});
     };
-    const Ids even = biased(100, 100);  // else one of the two would win each time
+    const Ids even = biased(100, 100);  // 1e9 below is clamped to 100, so it wins no more often
     CHECK(biased(1e9, 100) == even);
     CHECK(biased(100, 1e9) == even);
 }
 
-TEST_CASE("allowed_token_ids: no other comes", "[http]") {
+TEST_CASE("allowed_token_ids: no other id is generated", "[http]") {
     const std::set<int> allowed{700, 1500, 2047};
     for (const std::string& path : {completions, chat}) {
         const json fields{{"max_tokens", 10}, {"allowed_token_ids", allowed}, {"ignore_eos", true}};
@@ -455,12 +457,12 @@ TEST_CASE("logprobs of prompts name a bounded number of ids", "[http]") {
                   {"4300800"});
 }
 
-TEST_CASE("empty stream_options are none", "[http]") {
+TEST_CASE("empty stream_options count as absent", "[http]") {
     for (const std::string& path : {completions, chat})
         ask(path, {{"stream_options", json::object()}, {"max_tokens", 1}});
 }
 
-TEST_CASE("min_tokens: no end before, and one at once behind", "[http]") {
+TEST_CASE("min_tokens: the text does not end before them, and may end right after", "[http]") {
     const json end{{"logit_bias", {{"106", 100}}}, {"max_tokens", 6}};
     for (const std::string& path : {completions, chat}) {
         for (const int least : {0, 1, 4, 5}) {
@@ -489,14 +491,14 @@ TEST_CASE("min_tokens: no end before, and one at once behind", "[http]") {
 }
 
 TEST_CASE("a generated turn's end can be held off", "[http]") {
-    // The fake model ends here by itself.
+    // Without min_tokens the fake model would end this text earlier.
     const json fields{{"top_k", 1000}, {"temperature", 0}, {"min_tokens", 3}, {"max_tokens", 3}};
     CHECK(both(chat, fields)["usage"]["completion_tokens"] == 3);
 }
 
 TEST_CASE("presence and frequency penalties: each choice is the best of what is left", "[demo]") {
-    const Ids odd{1500, 700, 1900, 900, 1300, 1100};  // what follows is anybody's guess
-    int moved = 0;                                    // choices that were not the likeliest
+    const Ids odd{1500, 700, 1900, 900, 1300, 1100};  // no sense, so the distribution is flat
+    int moved = 0;  // how often a likelier id than the chosen one existed
     for (const auto& [presence, frequency] :
          {std::pair(1.5, 0.), std::pair(0., 0.7), std::pair(2., 2.), std::pair(-1., -0.5)}) {
         const json fields{{"prompt", odd},
@@ -507,7 +509,7 @@ TEST_CASE("presence and frequency penalties: each choice is the best of what is 
                           {"frequency_penalty", frequency},
                           {"logit_bias", {{"1", -100}, {"106", -100}}}};
         const json choice = complete(with(fields, as_ids(completions, 20)))["choices"][0];
-        std::map<int, int> counts;  // of what was generated; the prompt is not punished
+        std::map<int, int> counts;  // of generated ids; these penalties ignore the prompt
         const json& lists = choice["logprobs"];
         const Ids ids = ids_of(choice);
         for (size_t i = 0; i < ids.size(); i++) {
@@ -535,7 +537,7 @@ TEST_CASE("penalties change a text in the direction that they name", "[demo]") {
             const json common{{"temperature", 0}, {"max_tokens", 20}, {"ignore_eos", true}};
             return ids_of(ask(path, with(with(common, fields), as_ids(path)))["choices"][0]);
         };
-        // Of eight ids that make no sense, the times that the likeliest comes.
+        // Of eight allowed ids, how often the most frequent one was generated.
         const auto most = [&](double penalty) {
             std::map<int, int> counts;
             for (const int id :
@@ -553,7 +555,7 @@ TEST_CASE("penalties change a text in the direction that they name", "[demo]") {
             return std::set<int>(ids.begin(), ids.end()).size();
         };
         CHECK(different(1) > different(0.5));
-        // Over prompt and output: what was seen comes never.
+        // The repetition penalty counts prompt and output: no id comes twice.
         const Ids ids = ids_with({{"repetition_penalty", 100}});
         for (size_t i = 0; i < ids.size(); i++) {
             CHECK(std::count(prompt.begin(), prompt.end(), ids[i]) == 0);
@@ -605,7 +607,7 @@ TEST_CASE("every choice of several prompts has its own seed", "[http]") {
     }
 }
 
-// [4] Ends ----------------------------------------------------------------------------------------
+// [4] Stops ---------------------------------------------------------------------------------------
 
 TEST_CASE("stop_token_ids: the id is the reason, and not shown unless asked", "[http]") {
     for (const std::string& path : {completions, chat}) {
@@ -654,7 +656,8 @@ TEST_CASE("include_stop_str_in_output: the string ends the text, and nothing fol
 }
 
 TEST_CASE("control tokens in a text: by name if asked, and the stop by its own field", "[http]") {
-    // The id that comes, other fields, the text, the finish and stop reasons.
+    // Each row: the id that is generated, other fields, then the expected text, finish_reason and
+    // stop_reason.
     const json table = json::parse(R"([
         [105, {}, "", "length", null],
         [105, {"skip_special_tokens": false}, "<start_of_turn><start_of_turn>", "length", null],
@@ -687,7 +690,8 @@ TEST_CASE("control tokens in a text: by name if asked, and the stop by its own f
     }
     const json named{{"logit_bias", {{"105", 100}}}, {"max_tokens", 3}, {"stop", "turn><"}};
     const json choice = both(completions, with(named, {{"skip_special_tokens", false}}));
-    CHECK(first_text(choice) == "<start_of_");  // a stop string finds a name that is shown
+    CHECK(first_text(choice) ==
+          "<start_of_");  // stop strings match the names of control tokens that are shown
 }
 
 // [5] Refusals ------------------------------------------------------------------------------------
@@ -807,7 +811,7 @@ TEST_CASE("both ways to end a chat's prompt at once", "[http]") {
                        "True."});
 }
 
-TEST_CASE("a matrix of odd values: answered or refused, never an error of ours", "[http]") {
+TEST_CASE("a matrix of odd values: answered or refused, never a 5xx", "[http]") {
     const json odd = json::parse(R"([null, true, -1, 1e308, 9223372036854775808, "", [null],
                                      {"": null}, "\u0000"])");
     const Strings fields = words(
@@ -831,7 +835,7 @@ TEST_CASE("a matrix of odd values: answered or refused, never an error of ours",
     CHECK(status[400] > 100);
 }
 
-// [6] Books ---------------------------------------------------------------------------------------
+// [6] Usage and ids -------------------------------------------------------------------------------
 
 TEST_CASE("continuous_usage_stats: usage on every chunk", "[http]") {
     for (const std::string& path : {completions, chat}) {
@@ -1065,7 +1069,8 @@ TEST_CASE("keys guard /v1 and nothing else", "[http]") {
                          "Bearer", "Bearer Bearer " + key}) {
                 CHECK(status("GET", "/v1/models", wrong) == 401);
                 CHECK(status("POST", completions, wrong) == 401);
-                CHECK(status("GET", "/v1/nothing", wrong) == 401);  // before the path
+                CHECK(status("GET", "/v1/nothing", wrong) ==
+                      401);  // the key is checked before the path
             }
             CHECK(status("GET", "/v1/nothing", "Bearer " + key) == 404);
         }
@@ -1107,7 +1112,7 @@ class Metrics {
         for (const auto& [name, kind] : types) check(name, kind);
     }
 
-    // Of the one sample with this name and this label.
+    // The value of the only sample with this name and this label.
     double operator()(const std::string& name, const std::string& label = "") const {
         double value = std::nan("");
         int found = 0;
@@ -1124,7 +1129,7 @@ class Metrics {
         }
         return "";
     }
-    std::map<std::string, std::string> types;  // by family
+    std::map<std::string, std::string> types;  // metric family to type
 
   private:
     struct Sample {
@@ -1142,7 +1147,7 @@ class Metrics {
             need(line.size() > 8 + family.size() && helped.insert(family).second, line);
         } else if (line.starts_with("# TYPE ")) {
             const size_t space = line.find(' ', 7);
-            need(line.substr(7, space - 7) == family, line);  // right behind its HELP
+            need(line.substr(7, space - 7) == family, line);  // TYPE follows HELP
             const std::string kind = line.substr(space + 1);
             need(kind == "gauge" || kind == "counter" || kind == "histogram", line);
             need(types.emplace(family, kind).second, line);
@@ -1175,7 +1180,8 @@ class Metrics {
             if (s.name == name + "_bucket") {
                 const size_t le = s.labels.find("le=\"");
                 need(le != std::string::npos, s.labels);
-                const double edge = std::strtod(s.labels.c_str() + le + 4, nullptr);  // knows +Inf
+                const double edge =
+                    std::strtod(s.labels.c_str() + le + 4, nullptr);  // strtod reads +Inf
                 need(edge > limit && s.value >= before, name + " is not cumulative");
                 limit = edge, before = s.value;
             }
@@ -1191,7 +1197,7 @@ class Metrics {
     std::vector<Sample> samples;
 };
 
-// Books are closed behind the answer: look until they are as expected.
+// The server updates its metrics after it has sent the answer: poll until they are as expected.
 Metrics metrics_when(int port, const std::function<bool(const Metrics&)>& ready) {
     for (const auto start = Clock::now();;) {
         Metrics m(port);
@@ -1233,7 +1239,7 @@ TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
     CHECK(m.labels("cache_config_info").find("num_gpu_blocks=\"") != std::string::npos);
     for (const char* reason : {"stop", "length", "abort"})
         CHECK(m("request_success_total", text(R"(finished_reason="%s")", reason)) >= 0);
-    // First and last edges, and one amid.
+    // Of each histogram the first bucket's edge, one in the middle, and the last before +Inf.
     const std::map<std::string, Strings> edges{
         {"time_to_first_token_seconds", {"0.001", "0.06", "2560"}},
         {"time_per_output_token_seconds", {"0.01", "0.75", "80"}},
@@ -1309,7 +1315,7 @@ TEST_CASE("metrics: ten requests of ten tokens", "[http]") {
         CHECK(m("e2e_request_latency_seconds_sum") >= m("request_inference_time_seconds_sum"));
         CHECK(m("e2e_request_latency_seconds_sum") > 0);
     }
-    // One observation for each choice; refusals are none.
+    // A choice is one observation; a refused request is none.
     ask(completions, {{"n", 3}, {"logit_bias", {{"106", 100}}}, {"seed", 1}, {"top_k", 1}}, s.port);
     ask(completions,
         {{"prompt", {"a", "b"}}, {"stop_token_ids", {700}}, {"logit_bias", {{"700", 100}}}},
@@ -1359,11 +1365,11 @@ TEST_CASE("metrics: who runs, who waits, and that nobody does any more", "[http]
     CHECK(seen_then["gpu_cache_usage_perc"] > 0);
     const Metrics m = metrics_when(s.port, idle);
     CHECK(idle(m));
-    CHECK(m("generation_tokens_total") < 20'000);  // it was not made to the end
+    CHECK(m("generation_tokens_total") < 20'000);  // generation stopped early
     CHECK(m("request_success_total", R"(finished_reason="length")") == 0);
 }
 
-// [9] Callers -------------------------------------------------------------------------------------
+// [9] Clients -------------------------------------------------------------------------------------
 
 TEST_CASE("lm-eval: a batch of prompts, scored with one token more", "[http]") {
     const std::vector<Ids> prompts{tokenized("Cloud Run is a "), tokenized("The KV cache holds")};
@@ -1380,8 +1386,8 @@ TEST_CASE("lm-eval: a batch of prompts, scored with one token more", "[http]") {
         const size_t size = prompts[i].size();
         check_lists(lists, size + 1, 1, true);
         CHECK(text_of(answer["choices"][i]).find(decoded(prompts[i])) == 0);
-        for (size_t j = 1; j <= size;
-             j++) {  // it takes a token for greedy if its float is the most
+        // lm_eval counts a token as greedy if its logprob is the largest of the alternatives.
+        for (size_t j = 1; j <= size; j++) {
             double most = -1e9;
             for (const json& logprob : lists["top_logprobs"][j])
                 most = std::max<double>(most, logprob);
@@ -1494,10 +1500,10 @@ TEST_CASE("a chat's stream: the role once, one id, one time", "[http]") {
     CHECK(s.events[1]["choices"][0]["delta"].contains("role"));
 }
 
-// [10] Old wounds ---------------------------------------------------------------------------------
+// [10] Known bugs ---------------------------------------------------------------------------------
 
 TEST_CASE("bug: UTF-8 split across tokens", "[http]") {
-    Ids bytes;  // single bytes of the piece table: heads and tails of characters, in any order
+    Ids bytes;  // pieces of one byte each: first and later bytes of UTF-8 characters
     for (const int byte : {0xf0, 0x9f, 0x8c, 0x8d, 0xc3, 0xa9, 0xed, 0xa0, 0x41})
         bytes.push_back(238 + byte);
     for (const std::string& path : {completions, chat}) {
@@ -1508,7 +1514,7 @@ TEST_CASE("bug: UTF-8 split across tokens", "[http]") {
                                         {"top_p", 1},
                                         {"max_tokens", 8},
                                         {"n", 6},
-                                        {"seed", 1}});  // parsing refuses what is not UTF-8
+                                        {"seed", 1}});  // the JSON parser throws on invalid UTF-8
         for (const json& c : answer["choices"]) all += text_of(c);
         CHECK(all.find("\uFFFD") != std::string::npos);
     }
@@ -1518,10 +1524,10 @@ TEST_CASE("bug: UTF-8 split across tokens", "[http]") {
 }
 
 TEST_CASE("bug: stop string over tokens, streamed too early", "[http]") {
-    const json fields{{"logit_bias", {{"107", 100}}}, {"max_tokens", 9}};  // "\n" for ever
+    const json fields{{"logit_bias", {{"107", 100}}}, {"max_tokens", 9}};  // forces "\n"
     const Stream s = stream(completions, with(fields, {{"stop", "\n\n\n\nx"}}));
     CHECK(merged(s, 1)[0]["text"] == std::string(9, '\n'));
-    CHECK(s.events[5]["choices"][0]["text"] != "");  // no more is held back than could be a stop
+    CHECK(s.events[5]["choices"][0]["text"] != "");  // only a possible stop string is held back
     const Stream cut = stream(completions, with(fields, {{"stop", "\n\n\n"}}));
     CHECK(merged(cut, 1)[0]["text"] == "");
     CHECK(cut.events.size() == 3);
@@ -1566,7 +1572,8 @@ TEST_CASE("bug: logprob values depend on sampling params", "[http]") {
 }
 
 TEST_CASE("bug: duplicate token strings collapse top_logprobs keys", "[http]") {
-    // Bytes of a character all read U+FFFD: the token's own float must be the one that stays.
+    // Every byte piece of a character is shown as U+FFFD, so alternatives collide as JSON keys; the
+    // chosen token's own logprob must be the one that stays.
     const json fields{{"prompt", "🌍🌎🌏"}, {"echo", true}, {"logprobs", 20}, {"max_tokens", 1}};
     const json lists = complete(fields)["choices"][0]["logprobs"];
     check_lists(lists, lists["tokens"].size(), 20, true);
@@ -1641,7 +1648,7 @@ TEST_CASE("bug: n>1 overwrites choices", "[http]") {
 }
 
 TEST_CASE("bug: usage in streams missing or wrong", "[http]") {
-    // An end that shows no text is a token too.
+    // The token that ends a text is counted, though it shows no text.
     const json fields{
         {"logit_bias", {{"106", 100}}}, {"n", 2}, {"temperature", 1}, {"min_tokens", 2}};
     for (const std::string& path : {completions, chat}) {
@@ -1665,7 +1672,7 @@ TEST_CASE("bug: disconnect not noticed", "[http]") {
     Server s({}, {"GEMMA_FAKE_STEP_MS=2"});
     const json body = with(base(completions), {{"max_tokens", 30'000}, {"ignore_eos", true}});
     {
-        Raw whole(s.port);  // not streamed: nothing is written that could fail
+        Raw whole(s.port);  // not streamed: no failing write tells the server that the client left
         whole.write(raw_post(completions, body));
         metrics_when(s.port, [](const Metrics& m) { return m("num_requests_running") == 1; });
     }
@@ -1711,7 +1718,7 @@ TEST_CASE("bug: invalid schema/regex crash", "[http]") {
 
 TEST_CASE("bug: endless whitespace in JSON mode", "[http]") {
     check_refusal(post(chat, with(base(chat), {{"response_format", {{"type", "json_object"}}}})),
-                  400, {"response_format"});  // there is no JSON mode, and that is said
+                  400, {"response_format"});  // there is no JSON mode; the refusal says so
 }
 
 TEST_CASE("bug: defaults from generation_config surprise", "[http]") {
@@ -1790,14 +1797,14 @@ TEST_CASE("bug: tool calls on Gemma 3", "[http]") {
 }
 
 TEST_CASE("bug: keep-alive 5 s -> 502", "[http]") {
-    // No connection is kept that a proxy could use again just as it goes.
+    // Every answer closes its connection, so a proxy cannot reuse one at the moment it is closed.
     const json body = with(base(completions), {{"max_tokens", 1}});
     for (const std::string& request :
          {std::string("GET /health HTTP/1.1\r\nHost: x\r\n\r\n"),
           std::string("GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"),
           raw_post(completions, body), raw_post(completions, with(body, {{"stream", true}})),
           raw_post(chat, json{{"messages", 5}})}) {
-        const std::string answer = everything(server().port, request);  // it ends, so it was closed
+        const std::string answer = everything(server().port, request);  // returns, so it was closed
         INFO(answer);
         CHECK(answer.find("\r\nConnection: close\r\n") != std::string::npos);
         CHECK(answer.find("keep-alive") == std::string::npos);

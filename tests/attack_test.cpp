@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// attack_test.cpp: who tries to break the server gets a clear error, while everyone else is served.
+// attack_test.cpp: a client that attacks the server gets a clear error; other clients are served.
 //
 //   [1] Tools
-//   [2] The patient      connections that idle, dribble or do not read, beside all that follows
-//   [3] Bodies           F: malformed, random, nested, not UTF-8, ids of no token, forged turns
+//   [2] Slow clients     S: connections that idle, dribble or do not read, beside all later cases
+//   [3] Bodies           F: malformed, random, nested, invalid UTF-8, invalid ids, forged turns
 //   [4] HTTP             H: heads, framing, floods, methods and paths
-//   [5] Pages            K: those who leave, pools that are too small, prefixes
+//   [5] Pages            K: clients that leave, pools that are too small, prefixes
 //   [6] Queue            B
-//   [7] Ends             T, W, X: signals, checkpoints, sockets and secrets; and of the patient
+//   [7] Ends             T, W, X: signals, checkpoints, sockets and secrets; slow clients are cut
 //
-// Each case prints its figure. $GEMMA_SOAK=1 asks for full sizes, $GEMMA_SCALE=10 for a tenth of
-// the usual ones: for sanitizers, under which memory is not asserted either.
+// Each case prints what it measured. $GEMMA_SOAK=1 asks for full sizes; $GEMMA_SCALE=10 for a tenth
+// of the usual sizes, for sanitizers, under which the limits on memory are not asserted either.
 //
-// [http] holds for any model behind the server, [demo] needs the demo model.
+// A case tagged [http] holds for any model behind the server; [demo] needs the demo model.
 #include "client.h"
 
 #include <atomic>
@@ -75,12 +75,13 @@ double metric(int port, const std::string& name) {
     return all.at(name);
 }
 
-// Waits until a value of /metrics is what it should be.
+// Waits until this value of /metrics is `value`; false if it never is.
 bool becomes(int port, const std::string& name, double value) {
     return eventually([&] { return metric(port, name) == value; });
 }
 
-// Nothing runs or waits, and all pages of both pools are back: on a leak the server aborts.
+// Waits until nothing runs or waits and all pages of both pools are free. If a page has leaked, the
+// server itself aborts (Engine::check_books).
 bool idle(int port) {
     return eventually([&] {
         auto now = metrics(port);
@@ -89,10 +90,10 @@ bool idle(int port) {
     });
 }
 
-// What a process holds.
+// Resources that a process holds.
 struct Use {
     size_t descriptors = 0, threads = 0;
-    double memory = 0, most = 0;  // MiB
+    double memory = 0, most = 0;  // MiB now, and at its peak
 };
 
 Use use_of(const Child& child) {
@@ -108,7 +109,7 @@ Use use_of(const Child& child) {
     return {entries("fd"), entries("task"), mib("VmRSS:"), mib("VmHWM:")};
 }
 
-// The one shape that all errors have: "", or what is wrong with it.
+// "" if the reply is a 4xx error in the one shape that all errors have, else its first fault.
 std::string fault(const Reply& reply) {
     const auto wrong = [&](const std::string& what) {
         return text("%d: %s: ", reply.status, what.c_str()) + reply.body.substr(0, 300);
@@ -127,7 +128,7 @@ std::string fault(const Reply& reply) {
     return "";
 }
 
-// Of any answer: "" if it is an error of that shape, or whole and parses.
+// "" if the reply is such an error, or a complete answer that parses.
 std::string fault_of_any(const Reply& reply) try {
     if (reply.status != 200) return fault(reply);
     if (!reply.header("Content-Type").starts_with("text/event-stream"))
@@ -140,16 +141,17 @@ std::string fault_of_any(const Reply& reply) try {
     return e.what();
 }
 
-// Everything until the server closes.
+// All bytes until the server closes the connection.
 const std::string& rest(Raw& raw) { return raw.read_until("\x01 never"); }
 
-bool gone(const Raw& raw) {  // has the other side closed?
+bool gone(const Raw& raw) {  // the server has closed its side
     char c;
     const ssize_t n = recv(raw.handle(), &c, 1, MSG_DONTWAIT | MSG_PEEK);
     return n == 0 || (n < 0 && errno != EAGAIN);
 }
 
-// The internet sockets of a process, by /proc: those that listen, and those of another local port.
+// The internet sockets of a process, from /proc: listening; connections on the server's port
+// (served); sockets on any other local port (foreign).
 struct Sockets {
     size_t listening = 0, served = 0, foreign = 0;
 };
@@ -166,7 +168,7 @@ Sockets sockets_of(const Child& child, int port) {
     for (const char* table : {"tcp", "tcp6", "udp", "udp6", "raw", "raw6"}) {
         std::ifstream lines(proc + "net/" + table);
         std::string line;
-        std::getline(lines, line);  // the heads of the columns
+        std::getline(lines, line);  // skips the table's header
         while (std::getline(lines, line)) {
             std::istringstream columns(line);
             std::string number, local, remote, state, skipped, inode;
@@ -189,7 +191,7 @@ Sockets sockets_of(const Child& child, int port) {
 
 void says_no_more(const Raw& raw) { shutdown(raw.handle(), SHUT_WR); }  // FIN
 
-void closes_with_reset(const Raw& raw) {  // RST, when it is destroyed
+void closes_with_reset(const Raw& raw) {  // destroying `raw` then sends RST
     const linger now{1, 0};
     setsockopt(raw.handle(), SOL_SOCKET, SO_LINGER, &now, sizeof now);
 }
@@ -200,7 +202,7 @@ std::string raw_head(const std::string& request, const std::string& headers = ""
 
 const std::string json_type = "Content-Type: application/json\r\n";
 
-int status_in(const std::string& answer) {  // 0: it was closed without one
+int status_in(const std::string& answer) {  // 0: the connection was closed without a status
     return answer.starts_with("HTTP/1.1 ") ? std::atoi(answer.c_str() + 9) : 0;
 }
 
@@ -210,7 +212,8 @@ bool serves(int port = server().port) {
 
 const json endless{{"max_tokens", 30'000}, {"ignore_eos", true}, {"temperature", 1}};
 
-// What several threads found wrong; Catch2's macros stay in the caller's.
+// Faults found by several threads. Catch2's macros are not thread-safe, so check() runs them in the
+// thread of the test case.
 struct Findings {
     std::mutex mutex;
     Strings all;
@@ -223,7 +226,7 @@ struct Findings {
     }
 };
 
-// Calls work(i) for i below count, in so many threads.
+// Calls work(i) for each i below count, from `threads` threads.
 void share(size_t threads, size_t count, Findings& findings,
            const std::function<std::string(size_t)>& work) {
     std::atomic<size_t> next = 0;
@@ -241,9 +244,9 @@ void share(size_t threads, size_t count, Findings& findings,
     });
 }
 
-// [2] The patient ---------------------------------------------------------------------------------
+// [2] Slow clients --------------------------------------------------------------------------------
 
-// Connections to server() that send nothing, or a byte a second, until the server closes them.
+// Connections to server() that send nothing or one byte a second, until the server closes them.
 class Dribblers {
   public:
     enum Kind { idle, in_head, in_body, kinds };
@@ -251,7 +254,7 @@ class Dribblers {
         Kind kind;
         std::unique_ptr<Raw> raw;
         std::string got;
-        double closed = 0;  // seconds after its opening
+        double closed = 0;  // seconds after it was opened
     };
 
     Dribblers() {
@@ -271,7 +274,8 @@ class Dribblers {
         thread.join();
     }
     bool all_closed() const { return open == 0; }
-    // Once all are closed: what how many were told (0: nothing), the first and the last second.
+    // Valid once all are closed: connections by status (0: closed without one), and the seconds
+    // after which the first and the last were closed.
     struct Sum {
         std::map<int, size_t> statuses;
         size_t count = 0;
@@ -317,7 +321,7 @@ class Dribblers {
     }
 
     const Clock::time_point start = Clock::now();
-    std::vector<One> all;  // the thread's, until all are closed
+    std::vector<One> all;  // only the thread uses it until all are closed
     std::atomic<size_t> open = sized(512, 1000);
     std::atomic<bool> stop = false;
     std::thread thread;
@@ -328,13 +332,13 @@ Dribblers& dribblers() {
     return all;
 }
 
-// Readers that never read, with a server of their own.
+// Clients that never read their answers, with a server of their own.
 struct Stalled {
     Server server{{"--max-num-batched-tokens", "64", "--max-queue", "4096"}};
     std::vector<std::unique_ptr<Raw>> readers;
-    std::future<double> cut;  // seconds from the last token to the last reader's end
+    std::future<double> cut;  // seconds from the last token until the last client is cut
     Stalled() {
-        // Some 6 MB each, which no socket's buffers hold.
+        // Each answer has some 6 MB, more than socket buffers hold.
         const json much{
             {"n", 32},          {"max_tokens", 100}, {"ignore_eos", true},
             {"temperature", 1}, {"logprobs", true},  {"top_logprobs", 20},
@@ -378,14 +382,14 @@ TEST_CASE("S1: large bodies are read beside 16 that never come whole", "[http]")
         others[i]->write(large);
     }
     double slowest = 0;
-    for (int i = 0; i < 10 && slowest < 15; i++) {  // the first may still be before all of those
+    for (int i = 0; i < 10 && slowest < 15; i++) {  // the first may overtake the 16
         const auto start = Clock::now();
         const Reply reply = send(s.port, "POST", "/tokenize", large);
         slowest = std::max(slowest, since(start));
         INFO(reply.body.substr(0, 300));
         CHECK(reply.status == 200);
     }
-    CHECK(slowest < 15);  // it does not wait for their end, after 30
+    CHECK(slowest < 15);  // it does not wait until the 16 time out after 30 s
     std::printf("S1: bodies of 200 KB beside 16 that never come whole: %.2f s\n", slowest);
 }
 
@@ -397,9 +401,11 @@ TEST_CASE("S2: honest streams beside readers that never read", "[http]") {
     };
     const size_t count = sized(10, 50);
     const auto start = Clock::now();
-    const auto honest = at_once<Stream>(count, run);  // while the others' tokens are made, too
+    const auto honest =
+        at_once<Stream>(count, run);  // while the stalled clients' tokens are generated
     const double beside = since(start);
-    CHECK(becomes(stalled().server.port, running, 0));  // no reader holds up its own sequences
+    CHECK(becomes(stalled().server.port, running,
+                  0));  // a client that does not read delays no sequence
     for (size_t i = 0; i < count; i++) {
         INFO(i);
         REQUIRE(honest[i].done);
@@ -431,7 +437,7 @@ struct Posted {
     std::string path, body;
 };
 
-// Where ("both": the two generating routes), a field, values that are refused, other fields.
+// Table of path ("both": the two generating routes), field, refused values, other fields.
 std::vector<Posted> malformed_fields() {
     const json table = json::parse(R"([
         ["both", "max_tokens", [-1, 0, 1.5, "x", "", [], {}, 1e10, 4294967297e9, 1e30,
@@ -586,7 +592,7 @@ TEST_CASE("F1: every malformed body is refused, and the next request is served",
     std::vector<Posted> all = malformed_fields();
     const auto texts = malformed_texts();
     all.insert(all.end(), texts.begin(), texts.end());
-    if (percent < 100) {  // a sample of it
+    if (percent < 100) {  // a random sample
         std::shuffle(all.begin(), all.end(), std::mt19937(1));
         all.resize(sized(all.size(), all.size()));
     }
@@ -661,7 +667,7 @@ TEST_CASE("F1: what is not HTTP gets an error or is closed, and the next is serv
 
 namespace {
 
-// Random bodies: fields with good values, some of them changed, some changed again as text.
+// Random bodies: fields with valid values; some are then mutated as JSON, some also as text.
 class Bodies {
     std::mt19937_64 random;
     size_t draw(size_t below) { return size_t(random() % below); }
@@ -690,7 +696,7 @@ class Bodies {
             const std::string& field = pick(names);
             body[field] = pick(good[field]);
         }
-        const size_t change = draw(5);  // 0: none
+        const size_t change = draw(5);  // 0: no mutation; 4: also as text
         for (size_t i = change == 0 ? 0 : draw(4); i > 0; i--) mutate(body);
         Posted p{path, write(body)};
         if (change == 4)
@@ -724,7 +730,7 @@ class Bodies {
                 break;
         }
         if (field == "n" && body.contains("n") && body["n"].is_number() && body["n"] > 8)
-            body["n"] = 129;  // up to 128 are served, and take their time
+            body["n"] = 129;  // an n of up to 128 is served, and takes long
     }
     void mutate(std::string& s) {
         const Strings pieces{"1e999",  "NaN",   "\\ud800", "\xff", "\xed\xa0\x80", "\"",
@@ -810,7 +816,7 @@ TEST_CASE("F2: 10,000 random bodies: no 5xx, one shape of errors, all pages back
     for (const auto& [status, times] : statuses) std::printf(" %zu x %d", times, status);
     std::printf("\n");
     findings.check();
-    CHECK(statuses[200] > count / 10);  // else it is all noise
+    CHECK(statuses[200] > count / 10);  // enough bodies are valid
     CHECK(statuses[400] > count / 10);
     CHECK(serves(s.port));
     CHECK(idle(s.port));
@@ -858,7 +864,7 @@ TEST_CASE("F3: nesting, numbers and doubled names", "[http]") {
         const std::string body = text(R"({"prompt":"a","%s":4294967297.5})", field);
         check_refusal(send(s.port, "POST", completions, body), 400, {field});
     }
-    // The last of two counts, as in Python's json; or both are refused.
+    // A doubled name: the last value counts, as in Python's json, or the body is refused.
     const Reply doubled = send(s.port, "POST", completions,
                                R"({"prompt":5,"prompt":"a","max_tokens":1,"max_tokens":2,)"
                                R"("ignore_eos":true})");
@@ -866,7 +872,8 @@ TEST_CASE("F3: nesting, numbers and doubled names", "[http]") {
         REQUIRE(doubled.status == 200);
         CHECK(doubled.parsed()["usage"]["completion_tokens"] == 2);
     }
-    // Flat: a tenth of what a body may have, then all of it. No list costs more than its bytes.
+    // Long flat lists, of a tenth of the largest body and then of the largest: the time depends on
+    // the number of bytes, not on what the list holds.
     double shortest = 1e9, longest = 0;
     const auto flat = [&](const std::string& piece, size_t bytes) {
         const std::string list = "[" + repeated(piece, bytes / piece.size()) + "0]";
@@ -929,7 +936,7 @@ TEST_CASE("F4: 1,000 seeds of bytes cut anywhere are valid UTF-8, streamed as wh
                           {"allowed_token_ids", bytes},
                           {"max_tokens", 1 + round % 8},
                           {"ignore_eos", true}};
-        const json whole = ask(path, fields);  // parsing refuses what is not UTF-8
+        const json whole = ask(path, fields);  // the JSON parser throws on invalid UTF-8
         const Stream s = stream(path, fields);
         REQUIRE(s.done);
         CHECK(merged(s, rows) == comparable(whole));
@@ -938,7 +945,7 @@ TEST_CASE("F4: 1,000 seeds of bytes cut anywhere are valid UTF-8, streamed as wh
             emoji += text_of(c).find_first_of("\xc3\xe6\xf0") != std::string::npos;
         }
     }
-    CHECK(replaced > 0);  // else nothing was tested
+    CHECK(replaced > 0);  // the bytes did make invalid UTF-8
     std::printf("F4: of %zu texts of random bytes %zu have a U+FFFD, %zu a whole character\n",
                 rounds * rows, replaced, emoji);
 }
@@ -1035,12 +1042,12 @@ TEST_CASE("F6: control tokens written into a chat stay text", "[http]") {
 
 namespace {
 
-// An attacker writes a head, then `fill` as often as the server takes it, then reads.
+// An attack: write `head`, then `fill` up to `times` times while the server takes it, then read.
 struct Probe {
     const char* name;
     std::string head, fill;
     size_t times;
-    std::set<int> allowed;  // 0: closed without an answer
+    std::set<int> allowed;  // statuses; 0: closed without an answer
 };
 
 std::vector<Probe> probes() {
@@ -1220,7 +1227,7 @@ TEST_CASE("H1: no request hides in another, and no header comes from a client", 
 
 namespace {
 
-// More descriptors for this process, though not for servers that it has started.
+// Raises this process's limit of descriptors. Servers that already run keep theirs.
 struct MoreDescriptors {
     rlimit before{};
     bool enough;
@@ -1239,7 +1246,7 @@ struct Flood {
     std::vector<double> connected, answered;  // seconds
 };
 
-// So many connections in one moment, each with one GET /health.
+// Opens `count` connections at once and sends GET /health on each.
 Flood flood(int port, size_t count) {
     const std::string request = raw_head("GET /health");
     sockaddr_in address{};
@@ -1318,7 +1325,7 @@ TEST_CASE("H2: of 2,049 connections one is refused, and the others stay", "[http
     const MoreDescriptors more(4'000);
     if (!more.enough || percent < 100) SKIP_BECAUSE("2,049 connections: too few descriptors");
     {
-        // Threads start in any order, so it need not be the last that is one too many.
+        // Threads start in any order, so the refused connection need not be the last one.
         std::vector<std::unique_ptr<Raw>> all;
         for (int i = 0; i < 2049; i++) all.push_back(std::make_unique<Raw>(s.port));
         std::vector<pollfd> sockets;
@@ -1359,7 +1366,7 @@ TEST_CASE("H3: every method on every path", "[http]") {
     for (const auto& [path, methods] : routes) paths.push_back(path);
     size_t count = 0;
     for (const std::string& path : paths) {
-        const bool model = path.starts_with("/v1/models/");  // a model's name may be anything
+        const bool model = path.starts_with("/v1/models/");  // a model's name may contain anything
         const auto route = routes.find(model ? "/v1/models/google/gemma-3-1b-it" : path);
         for (const char* method :
              {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"}) {
@@ -1394,7 +1401,7 @@ TEST_CASE("H3: every method on every path", "[http]") {
 
 namespace {
 
-// One visitor who may leave at any time, in any way: "", or what is wrong with the answer.
+// A client that may leave at any time in any way. "", or what is wrong with the answer.
 std::string visit(int port, size_t seed) {
     std::mt19937_64 random(seed);
     const auto draw = [&](size_t below) { return size_t(random() % below); };
@@ -1438,7 +1445,7 @@ std::string visit(int port, size_t seed) {
     if (way == 0) closes_with_reset(raw);
     if (way == 1) {
         says_no_more(raw);
-        rest(raw);  // it is closed from there
+        rest(raw);  // the server closes
         if (!gone(raw)) return "who says no more is not let go";
     }
     return "";
@@ -1450,10 +1457,10 @@ TEST_CASE("K1: 2,000 who may leave at any time leave nothing behind", "[http]") 
     Server s({"--max-num-seqs", "16", "--num-gpu-blocks-override", "10"}, {"GEMMA_FAKE_STEP_MS=1"});
     const size_t count = sized(2'000, 10'000);
     Findings findings;
-    share(24, 48, findings, [&](size_t i) { return visit(s.port, i); });  // to warm up
+    share(24, 48, findings, [&](size_t i) { return visit(s.port, i); });  // warm-up
     CHECK(idle(s.port));
     Use before = use_of(s);
-    for (int i = 0; i < 100; i++) {  // until the last of them is gone
+    for (int i = 0; i < 100; i++) {  // the least seen, once their threads have ended
         std::this_thread::sleep_for(2ms);
         const Use now = use_of(s);
         before = {std::min(before.descriptors, now.descriptors),
@@ -1482,7 +1489,7 @@ TEST_CASE("K1: 2,000 who may leave at any time leave nothing behind", "[http]") 
 
 TEST_CASE("K2: work ends when its client leaves, from queue, prefill and decode", "[http]") {
     Server s({"--max-num-seqs", "1"}, {"GEMMA_FAKE_STEP_MS=2"});
-    int next_id = 300;  // no two prompts share a prefix
+    int next_id = 300;  // a new id for each prompt, so none shares a prefix
     const auto start_one = [&](size_t prompt_tokens, bool streamed) {
         auto raw = std::make_unique<Raw>(s.port);
         const json more{{"prompt", Ids(prompt_tokens, next_id++)}, {"stream", streamed}};
@@ -1516,11 +1523,12 @@ TEST_CASE("K2: work ends when its client leaves, from queue, prefill and decode"
                 const auto start = Clock::now();
                 CHECK(becomes(s.port, gauge, 0));
                 seconds.push_back(since(start));
-                if (!queue) CHECK(metric(s.port, generated) < before + 2'000);  // 50 ms of steps
+                if (!queue)
+                    CHECK(metric(s.port, generated) < before + 2'000);  // long before max_tokens
             }
         }
         if (queue) {
-            CHECK(metric(s.port, running) == 1);  // and not the one before it
+            CHECK(metric(s.port, running) == 1);  // only the queued one has left
             first = nullptr;
         }
         CHECK(idle(s.port));
@@ -1539,7 +1547,7 @@ TEST_CASE("K3: with far too few pages all finish as alone", "[http]") {
                     {"ignore_eos", true}};
     };
     Server s({"--num-gpu-blocks-override", std::to_string(count * 3 / 4)},
-             {"GEMMA_FAKE_STEP_MS=2"});  // so that they meet
+             {"GEMMA_FAKE_STEP_MS=2"});  // slow steps, so that they run at once
     const auto start = Clock::now();
     const auto crowd = at_once<std::pair<json, double>>(count, [&](size_t i) {
         const Reply answer = post(completions, fields(i), s.port);
@@ -1595,7 +1603,8 @@ TEST_CASE("K5: cold, cached and evicted prefixes and all sizes of steps give one
     size_t runs = 0;
     for (const char* step : {"16", "64", "512", "2048"}) {
         Server s({"--max-num-batched-tokens", step, "--num-gpu-blocks-override", "24"});
-        for (const size_t k : {0, 0, 1, 1, 2, 3, 4, 0, 1, 0}) {  // 24 pages hold two of them
+        for (const size_t k :
+             {0, 0, 1, 1, 2, 3, 4, 0, 1, 0}) {  // the pools' 24 pages hold two prompts
             INFO(step << " tokens a step, prompt " << k);
             const json got = run(k, s.port);
             if (expected.size() <= k) expected.push_back(got);
@@ -1639,21 +1648,22 @@ TEST_CASE("B1: exactly what does not fit into the queue gets 429", "[http]") {
     CHECK(full(whole({{"n", 4}})));  // 3 places are left
     CHECK(full(whole({{"n", 4}, {"stream", true}})));
     CHECK(full(whole({{"prompt", {"a", "b"}}, {"n", 2}})));
-    CHECK(inside() == 5);  // no part of them came in
+    CHECK(inside() == 5);  // a refused request takes no place
     auto second = holder(3);
     REQUIRE(eventually([&] { return inside() == 8; }));
-    // Who is turned away has cost no tokenizing; who is wrong hears of that first.
+    // The 429 comes before the prompt is tokenized, and an invalid field is refused before the 429.
     CHECK(full(whole({{"prompt", std::string(1 << 20, 'a')}})));
     CHECK(whole({{"prompt", 5}}).status == 400);
     CHECK(whole({{"model", "gpt-4"}}).status == 404);
     CHECK(get("/health", s.port).status == 200);
-    // Four places, and a hundred more than that.
     second = nullptr;
     REQUIRE(eventually([&] { return inside() == 5; }));
     first = nullptr;
     REQUIRE(idle(s.port));
-    // Who is refused behind the queue's door gives the place back: there are eight.
+    // A request that is refused after it took its place gives the place back: there are eight, and
+    // ten such requests leave all of them free.
     for (int i = 0; i < 10; i++) CHECK(whole({{"max_tokens", 100'000}}).status == 400);
+    // 104 requests for the four places that `first` leaves: a hundred get 429.
     first = holder(4);
     REQUIRE(eventually([&] { return inside() == 4; }));
     const size_t count = 104;
@@ -1670,7 +1680,7 @@ TEST_CASE("B1: exactly what does not fit into the queue gets 429", "[http]") {
     });
     CHECK(eventually([&] { return answers == 100; }));
     CHECK(eventually([&] { return inside() == 8; }));
-    first = nullptr;  // and those who wait are served
+    first = nullptr;  // now the four that wait are served
     size_t served = 0, refused = 0;
     for (const Reply& reply : crowd.get()) {
         served += reply.status == 200 && fault_of_any(reply) == "";
@@ -1744,7 +1754,8 @@ TEST_CASE("T2: a signal while loading, twice, SIGINT, and SIGKILL", "[http]") {
     REQUIRE(mkdtemp(folder.data()));
     const auto refs = std::filesystem::path(folder) / "hub/models--a--b/refs";
     std::filesystem::create_directories(refs);
-    REQUIRE(mkfifo((refs / "main").c_str(), 0600) == 0);  // the server waits for its writer
+    REQUIRE(mkfifo((refs / "main").c_str(), 0600) ==
+            0);  // loading blocks: nothing writes this FIFO
     for (const int signal : {SIGTERM, SIGINT}) {
         const int port = free_port();
         Child child({"a/b", "--host", "127.0.0.1", "--port", std::to_string(port)},
@@ -1777,14 +1788,14 @@ TEST_CASE("T2: a signal while loading, twice, SIGINT, and SIGKILL", "[http]") {
     std::filesystem::remove_all(folder);
 
     const std::string port = std::to_string(free_port());
-    const auto busy = [](int at) {  // something runs
+    const auto busy = [](int at) {  // a request that runs
         auto raw = std::make_unique<Raw>(at);
         raw->write(raw_post(completions, with(base(completions), endless)));
         if (!becomes(at, running, 1)) throw std::runtime_error("it does not run");
         return raw;
     };
     const Strings variables{"GEMMA_FAKE_STEP_MS=2"};
-    for (const int signal : {SIGKILL, SIGTERM, SIGINT}) {  // each on the port of the one before
+    for (const int signal : {SIGKILL, SIGTERM, SIGINT}) {  // each server reuses the port
         Child child(with_defaults({"--port", port}), variables);
         REQUIRE(child.says("\nready in"));
         const auto work = busy(std::stoi(port));
@@ -1792,7 +1803,7 @@ TEST_CASE("T2: a signal while loading, twice, SIGINT, and SIGKILL", "[http]") {
         kill(child.id(), signal);
         if (signal != SIGKILL) {
             CHECK(child.says("shutting down"));
-            kill(child.id(), signal);  // asked twice: at once
+            kill(child.id(), signal);  // a second signal ends it at once
         }
         const int status = child.exit_status();
         INFO(signal << child.log());
@@ -1946,8 +1957,8 @@ TEST_CASE("X1: one listening port, and no secrets in errors or in the log", "[ht
 TEST_CASE("S2: who has not read for 30 s is cut", "[http]") {
     if (!stalled().cut.valid()) SKIP_BECAUSE("the case that lets them stall has not run");
     const double seconds = stalled().cut.get();
-    // Asked of the server's sockets: what the kernel still holds for such a reader may reach it
-    // minutes later, or never.
+    // Look at the server's sockets, not the clients': the end of the connection may reach a client
+    // that does not read minutes later, or never, behind what the kernel still holds for it.
     const Server& server = stalled().server;
     CHECK(eventually([&] { return sockets_of(server, server.port).served == 0; }));
     size_t whole = 0;
