@@ -491,7 +491,7 @@ TEST_CASE("min_tokens: the text does not end before them, and may end right afte
 }
 
 TEST_CASE("a generated turn's end can be held off", "[http]") {
-    // Without min_tokens the fake model would end this text earlier.
+    // top_k 1000 makes the fake model end the text at its first token.
     const json fields{{"top_k", 1000}, {"temperature", 0}, {"min_tokens", 3}, {"max_tokens", 3}};
     CHECK(both(chat, fields)["usage"]["completion_tokens"] == 3);
 }

@@ -2,12 +2,11 @@
 //
 // ./dev bench: one table, every ratio measured in this run.
 //
-//   - a full-size random Gemma 3 1B, made on the spot: decode against the memory bus, batches,
-//   prefill
+//   - a full-size random Gemma 3 1B, made when first needed: decode, batches, prefill
 //   - the demo model: what HTTP costs with 16 streams at once
 //   - exec to 'ready', for both
 //
-// The bound of decode is reading all weights, and the K and V of the context, once a step.
+// Decode is bounded by reading all weights, and the K and V of the context, once a step.
 #include <thread>
 
 #include "bench.h"
@@ -16,9 +15,9 @@ using namespace bench;
 
 namespace {
 
-// A plain read of all weights where they lie (make_1b puts the embedding first) with as many
-// threads as the engine has, best of five. Four pages side by side: one at a time reads a twentieth
-// less.
+// Bytes per second of a plain read of all weights in the mapped file (make_1b puts the embedding
+// first), with as many threads as the engine has; best of five. Each thread reads four pages side
+// by side: one at a time is 5 % slower.
 double read_bandwidth(const Checkpoint& checkpoint) {
     constexpr size_t page = 4096 / sizeof(uint64_t), streams = 4;
     const auto* memory = reinterpret_cast<const uint64_t*>(checkpoint.weights.embed);
@@ -36,7 +35,7 @@ double read_bandwidth(const Checkpoint& checkpoint) {
         }
         best = std::max(best, double(blocks * page * streams * sizeof(uint64_t)) / (now() - start));
     }
-    if (total == 0) std::abort();  // so that the sums are needed
+    if (total == 0) std::abort();  // uses the sums, so the reads cannot be optimized away
     return best;
 }
 
@@ -86,7 +85,7 @@ double streams_by_engine(Model& model, const Config& config) {
     return http_streams * stream_tokens / (now() - start);
 }
 
-// The same through HTTP.
+// The same 16 streams through HTTP.
 double streams_by_http(int port) {
     std::vector<std::vector<int>> prompts;
     for (int i = 0; i < http_streams; i++) prompts.push_back({Tokenizer::bos, 494 + i});
@@ -119,7 +118,7 @@ int main(int argc, char** argv) try {
     model->allocate_pages({pages, pages});
     const double bandwidth = read_bandwidth(checkpoint);
     row("plain read of the same weights", text("%.1f GB/s", bandwidth / 1e9), "");
-    // K and V are fp32 here: local layers read a window, global ones all.
+    // The CPU engine's K and V are fp32. Local layers read the window's, global layers all.
     double one = 0;
     for (const int batch : {1, 8}) {
         const double t = decode(*model, c, batch, 1024, pages);

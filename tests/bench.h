@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What bench.cpp (the CPU) and gpu_bench.cpp share: a random Gemma 3 1B, a server as a child
-// process, streams read from it, and the rows of a table.
+// Shared by bench.cpp (CPU) and gpu_bench.cpp: a random Gemma 3 1B, a server as a child process,
+// streams read from it, and the rows of a table.
 #pragma once
 
 #include <algorithm>
@@ -61,7 +61,7 @@ inline std::vector<int> random_ids(int count, uint64_t seed, int vocab) {
 
 // [1] A random 1B ---------------------------------------------------------------------------------
 
-// The demo's tokenizer, filled up to Gemma's size, since it takes a server that long to load.
+// The demo's tokenizer, padded to Gemma's size, so that a server takes as long to load it.
 inline void make_tokenizer(const fs::path& file, int size) {
     const std::string demo = "demo/model/tokenizer.model";
     std::ifstream in(demo, std::ios::binary);
@@ -76,8 +76,9 @@ inline void make_tokenizer(const fs::path& file, int size) {
     std::ofstream(file, std::ios::binary) << model;
 }
 
-// +-0.016 to 0.031: sign and mantissa random, exponent fixed. Four generators, that the compiler
-// turns into vectors: the file is made anew on each machine.
+// Random bf16 with absolute values from 0.016 to 0.031: sign and mantissa are random, the exponent
+// is fixed. Four generators side by side, so that the compiler vectorizes them: each machine makes
+// the file again.
 inline void write_weights(std::ofstream& out, int64_t bytes) {
     uint64_t state[4] = {1, 2, 3, 4};
     std::vector<uint64_t> block(1 << 18);
@@ -96,7 +97,8 @@ inline void write_weights(std::ofstream& out, int64_t bytes) {
     if (!out) throw Error("cannot write the random 1B");
 }
 
-// Gemma 3 1B's shapes with random bf16 weights of a spread that keeps activations finite.
+// A checkpoint with Gemma 3 1B's shapes; its random bf16 weights are small enough to keep
+// activations finite.
 inline void make_1b(const fs::path& directory) {
     const int D = 1152, F = 6912, L = 26, H = 4, G = 1, E = 256, V = 262144;
     fs::create_directories(directory);
@@ -155,12 +157,12 @@ inline void make_1b(const fs::path& directory) {
 
 // [2] A server ------------------------------------------------------------------------------------
 
-// A server as a child process, listening when constructed: requests wait until it is ready.
-// $GEMMA_SERVER names another binary than the one that was built here.
+// A server as a child process. The constructor returns once it listens; requests then wait until
+// the model is ready. $GEMMA_SERVER names another binary than the one that was built here.
 struct Server {
     pid_t pid;
     int port = 0;
-    double started, ready = 0;  // seconds from exec to ready, as it says itself
+    double started, ready = 0;  // ready: seconds since exec, from its log
     std::string log;
 
     explicit Server(const std::string& model, const std::vector<std::string>& flags = {}) {
@@ -213,7 +215,7 @@ struct Server {
 
 struct Streams {
     double tokens_per_second;
-    double first, each;  // medians of seconds: to the first token (TTFT), a further one (TPOT)
+    double first, each;  // median seconds: first token (TTFT), each further one (TPOT)
 };
 
 inline int post(int port, const json& body) {
@@ -236,8 +238,8 @@ inline int post(int port, const json& body) {
     return fd;
 }
 
-// One request for each prompt, all at once, each of `tokens` tokens; `fields` are added to the
-// bodies. One thread reads all, so that the client costs little.
+// Sends one request for each prompt, all at once, each for `tokens` tokens; `fields` are added to
+// the bodies. One thread reads all streams, so that the client costs little.
 inline Streams read_streams(int port, const std::vector<std::vector<int>>& prompts, int tokens,
                             const json& fields = json::object()) {
     const size_t count = prompts.size();

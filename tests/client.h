@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// client.h: what the suites that talk HTTP share.
+// client.h: shared by the test suites that talk HTTP to a server.
 //
 //   [1] Child        a server process: its log, its port, its exit status
-//   [2] Client       requests, and a stream put together again
+//   [2] Client       requests, and a stream merged into a whole answer
 //
-// $GEMMA_SERVER names another binary: one with a fake model, say, under a sanitizer.
+// $GEMMA_SERVER names another server binary, such as the sanitized one with the fake model.
 #pragma once
 
 #include "test.h"
@@ -40,7 +40,7 @@ using Ids = std::vector<int>;
 
 // [1] Child ---------------------------------------------------------------------------------------
 
-// Ten times the ten seconds that Cloud Run grants: who waits longer is not coming.
+// How long a test waits before it fails: ten times the ten seconds that Cloud Run grants.
 inline constexpr auto patience = 100s;
 
 inline std::string binary() {
@@ -64,12 +64,12 @@ class Child {
         posix_spawn_file_actions_init(&actions);
         for (const int fd : {1, 2}) posix_spawn_file_actions_adddup2(&actions, ends[1], fd);
         Strings words{binary()}, environment = variables;
-        environment.push_back("OMP_WAIT_POLICY=passive");  // tests run beside others: do not spin
+        environment.push_back("OMP_WAIT_POLICY=passive");  // suites run in parallel: do not spin
         words.insert(words.end(), arguments.begin(), arguments.end());
         for (char** e = environ; *e; e++) {
             const std::string_view v = *e;
-            // Of two with one name the first counts, which is ours; but what only Cloud Run sets
-            // would change a server that a test starts without it.
+            // If a name stands twice, getenv finds the first, so `variables` win. Variables that
+            // Cloud Run sets are left out: they would change a server that does not expect them.
             const auto names = [&](const char* name) { return v.starts_with(name); };
             if (std::none_of(cloud_run.begin(), cloud_run.end(), names))
                 environment.emplace_back(v);
@@ -90,7 +90,7 @@ class Child {
     void terminate() const { kill(pid, SIGTERM); }
     pid_t id() const { return pid; }  // for /proc, and for other signals
 
-    // Whether the log has, or gets, a line with these words.
+    // Waits until the log contains these words; false if it never does.
     bool says(const std::string& words) {
         std::unique_lock lock(mutex);
         const auto found = [&] { return lines.find(words) != std::string::npos; };
@@ -101,8 +101,8 @@ class Child {
         const std::lock_guard lock(mutex);
         return lines;
     }
-    // Waits for the exit. 1000: it did not come, and the child was killed; above: a signal's
-    // number.
+    // Waits for the exit. 991 + N: the child was ended by signal N; so 1000 (SIGKILL) if it did
+    // not end in time.
     int exit_status() {
         {
             std::unique_lock lock(mutex);
@@ -139,14 +139,14 @@ class Child {
     std::mutex mutex;
     std::condition_variable changed;
     std::string lines;   // guarded by mutex
-    bool ended = false;  // guarded by mutex: nobody can write to the log any more
+    bool ended = false;  // guarded by mutex: the pipe is closed, the log complete
     std::thread reader;
 };
 
 inline const std::string demo = (repository / "demo/model").string();
 
-// On a GPU, or the emulated one, if there is one. Several servers share it: the demo's pages are
-// few.
+// No --device: the server takes a GPU, real or emulated, if there is one. Servers of several tests
+// fit on it at once, since the demo model's pools are small.
 inline Strings with_defaults(const Strings& flags) {
     Strings all{demo,     "--served-model-name", "gemma-demo", "google/gemma-3-1b-it",
                 "--host", "127.0.0.1",           "--port",     "0"};
@@ -154,7 +154,8 @@ inline Strings with_defaults(const Strings& flags) {
     return all;
 }
 
-// A server that is ready. Whoever does not end it gets it ended, and a dirty end is a failure.
+// A server that is ready. The destructor sends SIGTERM if the test has not ended it; an exit status
+// other than 0 fails the whole suite.
 struct Server : Child {
     int port = 0;
     explicit Server(const Strings& flags = {}, const Strings& variables = {})
@@ -168,12 +169,12 @@ struct Server : Child {
         if (const int e = exit_status(); e != 0) {
             std::printf("the server ended with %d\n%s", e, log().c_str());
             std::fflush(stdout);
-            std::_Exit(1);  // Catch2 cannot be told any more
+            std::_Exit(1);  // too late for a Catch2 assertion
         }
     }
 };
 
-inline Server& server() {  // for every test that does not end it
+inline Server& server() {  // shared by all tests that do not end it
     static Server shared({}, {"GEMMA_FAKE_STEP_MS=0"});
     return shared;
 }
@@ -181,7 +182,7 @@ inline Server& server() {  // for every test that does not end it
 // [2] Client --------------------------------------------------------------------------------------
 
 struct Reply {
-    int status = 0;  // 0: no whole answer came
+    int status = 0;  // 0: no complete answer came
     std::string body;
     httplib::Headers headers;
     json parsed() const { return json::parse(body); }
@@ -192,7 +193,7 @@ struct Reply {
 };
 
 inline const httplib::Headers as_json{{"Content-Type", "application/json"}};
-using Listener = std::function<bool(std::string_view)>;  // false: hang up
+using Listener = std::function<bool(std::string_view)>;  // returns false to hang up
 
 inline Reply send(int port, const std::string& method, const std::string& path,
                   const std::string& body, const httplib::Headers& headers = as_json,
@@ -227,7 +228,7 @@ inline Reply post(const std::string& path, const json& body, int port = server()
 
 inline const std::string completions = "/v1/completions", chat = "/v1/chat/completions";
 
-// The two generating routes differ in their prompt and in the place of the text.
+// The smallest body for a generating route: the two routes differ in how they take the prompt.
 inline json base(const std::string& path, const std::string& prompt = "The server answers") {
     if (path == completions) return {{"prompt", prompt}};
     return {{"messages", {{{"role", "user"}, {"content", prompt}}}}};
@@ -238,7 +239,7 @@ inline json with(json body, const json& fields) {
     return body;
 }
 
-// The answer to a request that must succeed.
+// Sends a request that must succeed.
 inline json ask(const std::string& path, const json& fields, int port = server().port) {
     const Reply reply = post(path, with(base(path), fields), port);
     INFO(write(fields) << " " << reply.body);
@@ -263,7 +264,7 @@ inline Strings keys(const json& object) {
 struct Stream {
     Reply reply;
     std::vector<json> events;
-    bool done = false;  // it ended with [DONE], once, at its end
+    bool done = false;  // [DONE] was the last event
 };
 
 inline Stream read_events(Reply reply) {
@@ -285,7 +286,7 @@ inline Stream stream(const std::string& path, const json& fields, int port = ser
     return read_events(post(path, with(with(base(path), fields), {{"stream", true}}), port));
 }
 
-inline void join(json& whole, const json& part) {  // lists are appended, texts too
+inline void join(json& whole, const json& part) {  // appends the lists within `part`
     if (whole.is_null())
         whole = part;
     else if (whole.is_array())
@@ -294,7 +295,7 @@ inline void join(json& whole, const json& part) {  // lists are appended, texts 
         for (const auto& [name, value] : part.items()) join(whole[name], value);
 }
 
-// The choices of a stream, as a whole answer has them, in the fields that both have.
+// The n choices of a stream as a whole answer would have them; see comparable().
 inline json merged(const Stream& s, size_t n) {
     json choices = json::array();
     for (size_t i = 0; i < n; i++) {
@@ -326,7 +327,8 @@ inline json comparable(const json& answer) {
     return choices;
 }
 
-// A body as text, without what differs from answer to answer: as the bytes of vLLM's would be.
+// A body as JSON text with its id, time and generated text blanked out, to compare keys and their
+// order with vLLM's bytes.
 inline std::string skeleton(json body) {
     const std::string id = body["id"];
     body["id"] = id.substr(0, id.find('-'));
@@ -338,7 +340,7 @@ inline std::string skeleton(json body) {
     return write(body);
 }
 
-// A TCP connection for what no client library would send.
+// A TCP connection, to send bytes that no client library would send.
 class Raw {
   public:
     explicit Raw(int port) {
@@ -359,7 +361,7 @@ class Raw {
     bool write(std::string_view bytes) const {
         return ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL) == ssize_t(bytes.size());
     }
-    // Until these bytes have come, or the end.
+    // Reads until these bytes have come, or until the server closes. Returns all bytes so far.
     const std::string& read_until(const std::string& bytes) {
         char buffer[4096];
         while (got.find(bytes) == std::string::npos) {
@@ -384,7 +386,8 @@ inline std::string raw_post(const std::string& path, const json& body) {
            s;
 }
 
-// All at once, each in a thread; Catch2's macros stay in the caller's.
+// Runs work(0) .. work(count - 1), each in a thread of its own. `work` must not use Catch2's
+// macros, which are not thread-safe.
 template <class T>
 std::vector<T> at_once(size_t count, const std::function<T(size_t)>& work) {
     std::vector<T> results(count);
@@ -394,7 +397,7 @@ std::vector<T> at_once(size_t count, const std::function<T(size_t)>& work) {
             try {
                 results[i] = work(i);
             } catch (const std::exception& e) {
-                std::printf("%s\n", e.what());  // and the result stays empty
+                std::printf("%s\n", e.what());  // the result stays empty
             }
         });
     }
@@ -402,7 +405,7 @@ std::vector<T> at_once(size_t count, const std::function<T(size_t)>& work) {
     return results;
 }
 
-// An error: its envelope, its status, and words of its message.
+// Checks that a reply is an error: its envelope, its status, and words of its message.
 inline void check_refusal(const Reply& reply, int status, const Strings& words) {
     INFO(reply.body);
     REQUIRE(reply.status == status);

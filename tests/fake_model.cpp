@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fake_model.cpp: a Model without weights, linked in the place of reference.cpp to test HTTP.
+// fake_model.cpp: a Model without weights, linked instead of reference.cpp to test HTTP.
 //
-// The next id is a hash of the row's tokens, kept in its global pages; never a control id, unless:
-//   top_k 1000 + n        generated token n, from 0, is <end_of_turn>
+// The next id is a hash of the row's tokens, which it keeps in the row's global pages. It is never
+// a control id, unless one of these asks for it:
+//   top_k 1000 + n        makes generated token n (from 0) <end_of_turn>
 //   logit_bias            50 makes an id the likeliest, -50 the least likely
-//   GEMMA_FAKE_STEP_MS    milliseconds that a step takes at least (0)
-// What is not allowed is never chosen; penalties do nothing. Logprobs fall from id to id, by steps
-// of the context's own.
+// $GEMMA_FAKE_STEP_MS is the least time of a step in milliseconds (0). Masks of allowed ids hold;
+// penalties do nothing. Logprobs fall by rank in equal steps, whose size depends on the context.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -64,7 +64,8 @@ class FakeModel : public Model {
     }
 
   private:
-    // Ordinary ids from the likeliest on, then the others, from one of them on.
+    // Ranks: first the ordinary ids in a circle that starts at the likeliest, then the ids below
+    // `first`, in a circle too.
     int of_rank(int rank, uint64_t likeliest) const {
         const auto n = uint64_t(rank - 1);
         return n < ordinary ? first + int((likeliest + n) % ordinary)
@@ -97,7 +98,7 @@ class FakeModel : public Model {
     }
 
     static constexpr int end_of_turn = 106;
-    static constexpr int first = 512;  // below lie control ids, runs of spaces, single bytes
+    static constexpr int first = 512;  // ids below are control ids, runs of spaces, single bytes
     const uint64_t ordinary;
     const char* const given = std::getenv("GEMMA_FAKE_STEP_MS");
     const int pace = given ? std::atoi(given) : 0;
@@ -111,9 +112,9 @@ std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint) {
 }  // namespace gemma
 
 #ifdef __SANITIZE_THREAD__
-// cpp-httplib's library is not instrumented: ThreadSanitizer does not see the guards of its
-// constants (the set of methods, the end of a chunked body), which one thread makes and others use.
-// So what the library itself reads and writes in the server is not looked at.
+// The cpp-httplib library is not instrumented: ThreadSanitizer does not see how it guards its
+// static constants, which one thread makes and others use, and would report false races. Do not
+// report races whose stack goes through the library.
 extern "C" const char* __tsan_default_suppressions() {
     return "called_from_lib:libcpp-httplib.so\n";
 }

@@ -2,8 +2,8 @@
 //
 // fake_hub [--token TOKEN] ORGANISATION/NAME=DIRECTORY...
 //
-// Serves these directories as a Hugging Face hub would (hub.h) until it is killed. The first line
-// of stdout is its address, for HF_ENDPOINT; each request is a line on stderr, without the token.
+// Serves these directories as a Hugging Face hub would (hub.h), until it is killed. Its first line
+// on stdout is its address, for HF_ENDPOINT; it logs each request on stderr, without the token.
 #include "hub.h"
 
 #include <csignal>
@@ -29,7 +29,7 @@ int main(int count, char** words) {
         std::cerr << "fake_hub [--token TOKEN] ORGANISATION/NAME=DIRECTORY...\n";
         return 2;
     }
-    sigset_t ends;  // blocked before the threads are made, which inherit that
+    sigset_t ends;  // blocked first: threads inherit the mask
     sigemptyset(&ends);
     for (const int s : {SIGINT, SIGTERM}) sigaddset(&ends, s);
     pthread_sigmask(SIG_BLOCK, &ends, nullptr);

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// hub.h: a Hugging Face hub on loopback, with as much of it as a download meets.
+// hub.h: a fake Hugging Face hub on loopback, with the part of its protocol that a download uses.
 //
 //     Hub hub({{"org/name", directory}}, "token");        hub.address() -> http://127.0.0.1:PORT
 //
-// Two servers: the hub wants the token and answers with X-Repo-Commit, ETag, or an error's
-// X-Error-Code; a large file it redirects to the other, the CDN, which refuses whoever brings
-// the token. A large file's ETag is its sha256, a small one's is git's blob hash; a revision's
-// commit is a hash of them all. What shall go wrong is set through change().
+// It is two servers. The hub requires the token and answers with X-Repo-Commit and ETag, or with an
+// error's X-Error-Code. It redirects a large file to the CDN, which refuses a request that has an
+// Authorization header. The ETag of a large file is its sha256, that of a small one its git blob
+// hash; a revision's commit is a hash of them all. A test sets faults through change().
 #pragma once
 
 #include <condition_variable>
@@ -31,7 +31,7 @@ class Hub {
   public:
     struct Request {
         std::string server, method, path, range;  // "hub" or "cdn"
-        bool authorized;                          // it brought an Authorization header
+        bool authorized;                          // it had an Authorization header
     };
     struct Refusal {
         int status = 0;
@@ -40,14 +40,14 @@ class Hub {
     };
     struct Faults {
         Refusal hub, cdn;
-        std::vector<size_t> breaks;  // each once: hang up at this byte of a file
-        size_t hold = 0;             // wait at this byte of a file; 0: do not
-        int age = 0;                 // of the addresses at the CDN, which takes only the newest
-        bool plain = false;          // as a mirror: no CDN, no X-Linked headers
+        std::vector<size_t> breaks;  // hang up at this byte of a file; each happens once
+        size_t hold = 0;             // wait at this byte of a file; 0: no wait
+        int age = 0;                 // of CDN addresses; the CDN refuses addresses of another age
+        bool plain = false;          // like a mirror: no CDN, no X-Linked headers
         bool ignore_ranges = false;  // the CDN sends the whole file instead
-        std::string wrong;           // the first byte of this file comes wrong
-        std::map<std::string, std::string> moved;      // a name of before -> the name of now
-        std::map<std::string, std::string> revisions;  // beside main and the commit -> its commit
+        std::string wrong;           // the name of a file whose first byte is sent wrong
+        std::map<std::string, std::string> moved;      // old name -> new name
+        std::map<std::string, std::string> revisions;  // further revision -> commit
     };
 
     Hub(std::map<std::string, std::filesystem::path> directories, std::string secret,
@@ -70,11 +70,11 @@ class Hub {
         how(faults);
         changed.notify_all();
     }
-    std::vector<Request> requests() {  // since the last call
+    std::vector<Request> requests() {  // since the previous call
         const std::lock_guard lock(mutex);
         return std::exchange(seen, {});
     }
-    bool wait_for_hold() {  // until an answer of the CDN waits
+    bool wait_for_hold() {  // until an answer waits at `hold`
         std::unique_lock lock(mutex);
         return changed.wait_for(lock, std::chrono::seconds(100), [&] { return holding > 0; });
     }
@@ -115,10 +115,10 @@ class Hub {
         port = server.bind_to_any_port("127.0.0.1");
         if (port <= 0) throw std::runtime_error("no free port on 127.0.0.1");
         thread = std::thread([&server] { server.listen_after_bind(); });
-        while (!server.is_running()) std::this_thread::yield();  // before that, stop() does nothing
+        while (!server.is_running()) std::this_thread::yield();  // stop() before that does nothing
     }
 
-    // The bytes of a text, then of a file if there is one, through a hash: hexadecimal.
+    // The hash of a text followed by a file's content (if there is a file), in hexadecimal.
     static std::string digest(const EVP_MD* kind, const std::string& first,
                               const std::filesystem::path& file) {
         EVP_MD_CTX* context = EVP_MD_CTX_new();
@@ -156,7 +156,7 @@ class Hub {
         if (!why.retry_after.empty()) out.set_header("Retry-After", why.retry_after);
         out.set_content(why.message + "\n", "text/plain");
     }
-    bool refused(Out& out, Refusal Faults::*by) {  // because a test wants it
+    bool refused(Out& out, Refusal Faults::*by) {  // by a fault that a test has set
         const std::lock_guard lock(mutex);
         Refusal& refusal = faults.*by;
         if (refusal.status == 0 || refusal.times <= 0) return false;
@@ -165,12 +165,12 @@ class Hub {
         return true;
     }
 
-    // /ORG/NAME/resolve/REVISION/FILE, /api/resolve-cache/models/ORG/NAME/REVISION/FILE (where the
-    // hub sends for a small file), /api/models/ORG/NAME/{revision,tree}/REVISION.
+    // Paths: /ORG/NAME/resolve/REVISION/FILE, /api/models/ORG/NAME/{revision,tree}/REVISION, and
+    // /api/resolve-cache/models/ORG/NAME/REVISION/FILE, to which a small file is redirected.
     void answer(const In& in, Out& out) {
         note("hub", in);
         if (refused(out, &Faults::hub)) return;
-        std::vector<std::string> words{""};  // of the path, which is not decoded: %2F is no slash
+        std::vector<std::string> words{""};  // of the undecoded path: %2F is no separator
         for (const char c : in.target.substr(1, in.target.find('?') - 1)) {
             if (c == '/')
                 words.emplace_back();
@@ -236,7 +236,7 @@ class Hub {
         }
     }
 
-    // What the hub's own client asks before it downloads: the files of a revision.
+    // The list of a revision's files, which Hugging Face's own client asks for before it downloads.
     void list(const std::string& name, const std::string& sha, bool tree, Out& out) {
         using json = nlohmann::json;
         json siblings = json::array(), files = json::array();
@@ -267,7 +267,8 @@ class Hub {
             const std::lock_guard lock(mutex);
             if (in.get_param_value("signature") != etag(file) + std::to_string(faults.age))
                 return refuse(out, {403, "", "expired"});
-            // httplib answers a range by itself, unless it forgets that it was asked.
+            // httplib itself cuts the answer to the request's ranges; without them it sends the
+            // whole.
             if (faults.ignore_ranges) const_cast<In&>(in).ranges.clear();
         }
         send(file, out);
@@ -287,7 +288,8 @@ class Hub {
             });
     }
 
-    // Does to a file's bytes at that offset what the faults say. Whether to hang up after them.
+    // Applies the faults to the bytes of a file at this offset. Returns whether to hang up after
+    // sending them.
     bool fail(const std::string& file, size_t offset, std::string& bytes) {
         std::unique_lock lock(mutex);
         if (file == faults.wrong && offset == 0) bytes[0] = char(bytes[0] ^ 1);
@@ -311,11 +313,11 @@ class Hub {
     std::map<std::string, std::filesystem::path> models;
     const std::string token;
     const std::function<void(const Request&)> report;
-    std::mutex mutex;                 // of the next four
-    std::condition_variable changed;  // faults or holding
+    std::mutex mutex;                 // guards changed, faults, seen, holding
+    std::condition_variable changed;  // faults or holding have changed
     Faults faults;
     std::vector<Request> seen;
-    int holding = 0;  // answers that wait
+    int holding = 0;  // answers that wait at Faults::hold
     std::mutex hashing;
     std::map<std::tuple<std::filesystem::path, std::uintmax_t, std::filesystem::file_time_type>,
              std::string>

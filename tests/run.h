@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs sequences through the production scheduler and a model, without HTTP: what the engine tests,
-// the benchmark and the trace have in common.
+// Runs sequences through the production scheduler and a model, without HTTP. Shared by the engine
+// tests, the benchmarks and the trace.
 #pragma once
 
 #include <cstring>
@@ -12,7 +12,7 @@
 
 namespace gemma {
 
-// A limit of pages that no test fills, unless it wants to.
+// Limits whose default number of pages no test fills.
 inline Limits limits_of(const Config& config, int max_batched_tokens = 64, int pages = 1024) {
     return {256, max_batched_tokens, config.W, {pages, pages}};
 }
@@ -27,20 +27,22 @@ inline std::shared_ptr<Sequence> sequence(const std::vector<int>& prompt, int ma
     return s;
 }
 
-// Steps until nothing waits or runs; the results of each sequence in order, its prompt's first.
+// Steps until nothing waits or runs. Returns each sequence's results in order, those of its prompt
+// (prompt_logprobs) first.
 inline std::map<const Sequence*, Results> run(Model& model, Scheduler& scheduler) {
     std::map<const Sequence*, Results> all;
     for (;;) {
         const Batch& batch = scheduler.next();
         if (batch.tokens.empty()) return all;
         for (Delivery& token : scheduler.finish(model.step(batch))) {
-            if (!token.of_prompt && token.sequence->max_tokens == 0) continue;  // a mere end
+            if (!token.of_prompt && token.sequence->max_tokens == 0)
+                continue;  // it only says that the text has ended
             all[token.sequence.get()].push_back(std::move(token.result));
         }
     }
 }
 
-// Equal to the last bit.
+// Ids, ranks and the bits of all logprobs are equal.
 inline bool same(const Results& a, const Results& b) {
     if (a.size() != b.size()) return false;
     for (size_t i = 0; i < a.size(); i++) {

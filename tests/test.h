@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the tests share: Catch2 2 (Debian 12) or 3 (Debian 13), and a skip that says why.
+// Shared by all tests: Catch2 2 (Debian 12) or 3 (Debian 13), and a skip that prints its reason.
 #pragma once
 
 #if __has_include(<catch2/catch_all.hpp>)
@@ -22,12 +22,12 @@ using Catch::Approx;
 #include "scheduler.h"
 #include "tokenizer.h"
 
-// The repository: tests read demo/model and tests/golden from it. CMake says where it is, or, to
-// tests that were built on another machine, $GEMMA_SOURCE_DIR.
+// The repository's directory, from which tests read demo/model and tests/golden. CMake compiles it
+// in; $GEMMA_SOURCE_DIR overrides it for tests that were built on another machine.
 inline const std::filesystem::path repository =
     std::getenv("GEMMA_SOURCE_DIR") ? std::getenv("GEMMA_SOURCE_DIR") : GEMMA_SOURCE_DIR;
 
-// Catch2 2 has no SKIP: print the reason, where ctest's log keeps it, and pass.
+// Catch2 2 has no SKIP: print the reason, which ctest's log keeps, and let the test pass.
 #define SKIP_BECAUSE(reason)                                       \
     do {                                                           \
         std::printf("skipped: %s\n", std::string(reason).c_str()); \
