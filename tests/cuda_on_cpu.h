@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // cuda_on_cpu.h: just enough of CUDA to compile gemma.cu as C++ and run its launchers on the host,
-// under ASan and UBSan, in gdb, in CI. A test device and a teaching device, never a product.
+// under ASan and UBSan, in gdb, in CI. It is for testing and teaching, never for serving.
 //
-//     grid   its blocks are divided among OS threads; each is a "multiprocessor" with one block
+//     grid   its blocks are divided among OS threads; each OS thread is a "multiprocessor" that
+//            runs one block at a time
 //     block  its threads are fibers of that OS thread, so no two run at the same time
-//     warp   32 fibers that run one after another to their next meeting point
+//     warp   32 fibers that run one after another, each to its next meeting point
 //
-// A meeting point is a warp function, __syncthreads or the kernel's end: everything that stops a
-// thread. Between two of them each thread runs exactly once, in an order that set_order chooses; a
-// result that depends on the order has a barrier missing. All lanes of a warp must stop at the same
-// point and all warps at the same __syncthreads: anything else aborts and says who stood where.
+// A meeting point is whatever makes a thread wait: a warp function, __syncthreads or the kernel's
+// end. Between two meeting points each thread runs exactly once, in an order that set_order
+// chooses; if a result depends on the order, a barrier is missing. All lanes of a warp must stop at
+// the same point and all warps at the same __syncthreads; otherwise the program aborts and prints
+// which threads stopped where.
 //
-// What is unwritten is NaN: device memory, dynamic shared memory (before each block) and the target
-// of a cp.async until its wait. __shared__ arrays are not: they keep what the last block left.
-// Blocks cannot wait for each other, and streams run everything at once, in the order of the calls.
+// Unwritten memory is NaN: device memory, dynamic shared memory (before each block) and the target
+// of a cp.async until its wait. __shared__ arrays are not reset: they keep what the block before
+// left in them. Blocks cannot wait for each other. A stream runs each operation during the call
+// that enqueues it.
 //
 // CUDA_ON_CPU_THREADS=1 runs all on the calling thread, for gdb: break in a kernel, print
 // threadIdx. CUDA_ON_CPU_BYTES is the size of the device's memory, 1 GiB when not set.
@@ -65,7 +68,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-#define __shared__ static thread_local  // one block at a time on an OS thread: so one copy a block
+#define __shared__ static thread_local  // an OS thread runs one block at a time
 
 struct uint3 {
     unsigned x, y, z;
@@ -108,13 +111,13 @@ constexpr size_t stack_bytes = 256 << 10;  // sanitizers and -O0 make frames sev
 constexpr size_t stack_bytes = 64 << 10;
 #endif
 constexpr unsigned warp_size = 32;
-constexpr size_t max_shared = 101'376;     // 99 KB: what a block can have on an L4
-constexpr size_t default_shared = 49'152;  // more must be asked for by cudaFuncSetAttribute
+constexpr size_t max_shared = 101'376;     // 99 KB, the most that a block can have on an L4
+constexpr size_t default_shared = 49'152;  // the most without cudaFuncSetAttribute
 
 struct Warp;
 struct Multiprocessor;
 
-struct Copy {  // a cp.async that has not happened yet
+struct Copy {  // a pending cp.async
     void* target;
     const void* source;
     int group;
@@ -130,16 +133,17 @@ struct Fiber {
     unsigned index = 0;  // threadIdx.x
     void* stack = nullptr;
     size_t bytes = stack_bytes;
-    void* sanitizer = nullptr;  // ASan: its fake stack while the fiber is away. TSan: its name
-    int groups = 0;             // committed so far
-    std::vector<Copy> copies;   // of cp.async, oldest first
+    void* sanitizer =
+        nullptr;     // ASan: the fake stack while the fiber is suspended. TSan: its handle
+    int groups = 0;  // of cp.async, committed so far
+    std::vector<Copy> copies;  // pending, oldest first
 };
 
 constinit inline thread_local Fiber* current = nullptr;
 
 #if defined(__x86_64__)
-// Keep what a call must preserve on this stack, then continue where the other stack was left.
-// (The floating-point control words are the same everywhere and stay.)
+// Saves the registers that a call must preserve on this stack, then continues where the other stack
+// was left. (It does not save the floating-point control words: all fibers have the same.)
 [[gnu::naked, gnu::noipa]] inline void switch_stack(void** /*keep*/, void* /*resume*/) {
     asm("pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
         "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
@@ -147,7 +151,7 @@ constinit inline thread_local Fiber* current = nullptr;
 }
 #endif
 
-// Leaves the running fiber for another; returns when somebody resumes it.
+// Suspends the running fiber and continues `to`; returns when the suspended one is resumed.
 inline void resume(Fiber& to) {
     Fiber& from = *current;
     if (&to == &from) return;
@@ -173,14 +177,14 @@ inline void resume(Fiber& to) {
 struct Place {
     const char* what;
     std::source_location where;
-    bool of_block = false;  // __syncthreads, the end: warps meet too
+    bool of_block = false;  // __syncthreads and the end: all warps meet
     bool operator==(const Place& o) const {
         return what == o.what && where.line() == o.where.line() &&
                where.column() == o.where.column();
     }
 };
 
-// What the lanes of a warp show each other at a meeting.
+// Values that the lanes of a warp exchange at a meeting point.
 union Exchange {
     uint64_t value[warp_size];
     struct {
@@ -191,10 +195,10 @@ union Exchange {
 };
 
 struct Warp {
-    Exchange exchange[2];  // by turns: lanes still read the last while the first fill the next
+    Exchange exchange[2];  // alternating: some lanes still read one while others fill the next
     unsigned meetings = 0, arrived = 0;
-    Place place = {};          // of the meeting that gathers
-    unsigned first = 0;        // the thread that came first
+    Place place = {};          // where lanes are now arriving
+    unsigned first = 0;        // the thread that arrived first
     uint8_t order[warp_size];  // of lanes
     Fiber* lanes = nullptr;    // [32]
     Multiprocessor* block = nullptr;
@@ -208,14 +212,14 @@ inline unsigned os_threads = [] {
     return std::max(1u, given ? unsigned(std::atoi(given)) : std::thread::hardware_concurrency());
 }();
 
-// For the launches that follow; not while one runs.
+// Sets the order for later launches. Must not be called while a kernel runs.
 inline void set_order(Order order, uint64_t seed = 0) { thread_order = order, order_seed = seed; }
 inline void set_threads(unsigned count) { os_threads = std::max(1u, count); }
 
 struct Launch {
     dim3 grid, block;
     size_t shared = 0;
-    std::function<void()> kernel;  // with its arguments
+    std::function<void()> kernel;  // with its arguments bound
 };
 
 [[noreturn]] inline void die(const std::string& why) {
@@ -230,7 +234,7 @@ inline std::string describe(const Place& p) {
            ", in " + p.where.function_name() + ")";
 }
 
-// Who comes to a meeting, a lane or a warp, must come to the same as the first.
+// Checks that a lane (or a warp) arrives at the same place as the first one of its warp (or block).
 inline void agree(unsigned arrived, const Place& place, unsigned thread, Place& all,
                   unsigned& first) {
     if (arrived == 0)
@@ -242,15 +246,15 @@ inline void agree(unsigned arrived, const Place& place, unsigned thread, Place& 
 
 void live();
 
-// One OS thread's share of the device: it runs one block after another.
+// The part of the device that one OS thread is: it runs one block after another.
 struct Multiprocessor {
     static constexpr size_t redzone = 256;
     alignas(256) char shared[redzone + max_shared + redzone];
     std::vector<Fiber> fibers = std::vector<Fiber>(1024);  // stacks are made when first needed
     std::vector<Warp> warps = std::vector<Warp>(1024 / warp_size);
-    Fiber host;  // who runs the block
+    Fiber host;  // the OS thread's own stack, which starts the block
     const Launch* launch = nullptr;
-    unsigned fibers_made = 0, warp_count = 0, arrived = 0;  // arrived: warps, at a __syncthreads
+    unsigned fibers_made = 0, warp_count = 0, arrived = 0;  // arrived: warps at the place
     Place place = {};
     unsigned first = 0;
     uint8_t order[warp_size];  // of warps
@@ -273,7 +277,8 @@ struct Multiprocessor {
         warp_count = blockDim.x / warp_size;
         arrange(order, warp_count);
         for (unsigned i = 0; i < warp_count; i++) arrange(warps[i].order, warp_size);
-        resume(warps[order[0]].lanes[warps[order[0]].order[0]]);  // until the last thread's end
+        resume(warps[order[0]]
+                   .lanes[warps[order[0]].order[0]]);  // returns when the last thread has ended
     }
 
     void arrange(uint8_t* items, unsigned count) {
@@ -285,7 +290,8 @@ struct Multiprocessor {
         }
     }
 
-    // This warp is complete at a place of the block: the next one's turn, or everybody's.
+    // All lanes of this warp have arrived at a place of the block. Continues with the next warp,
+    // or, once all have arrived, with the first.
     void next_warp(Warp& warp) {
         agree(arrived, warp.place, warp.first, place, first);
         if (++arrived == warp_count) {
@@ -303,7 +309,7 @@ struct Multiprocessor {
         fiber.warp = &warps[index / warp_size];
         fiber.warp->block = this;
         fiber.warp->lanes = &fibers[index / warp_size * warp_size];
-        // The lowest page stays closed: a stack that overflows ends the program there.
+        // The lowest page stays inaccessible, so a stack that overflows ends the program.
         void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) die("no memory for a stack");
@@ -314,9 +320,10 @@ struct Multiprocessor {
         fiber.sanitizer = __tsan_create_fiber(0);
 #endif
 #if defined(__x86_64__)
-        // Tops at different offsets into a page: else all frames want the same few cache lines.
+        // Stack tops get different offsets into a page: with equal ones the frames of all fibers
+        // would compete for the same few cache sets.
         char* top = static_cast<char*>(memory) + stack_bytes - index * 832 % 8192 - 64;
-        void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, where to return, a gap
+        void** frame = reinterpret_cast<void**>(top) - 8;  // 6 registers, return address, a gap
         frame[6] = reinterpret_cast<void*>(&live);
         fiber.stack_pointer = frame;
 #else
@@ -347,8 +354,8 @@ inline Multiprocessor& multiprocessor() {
     return mine;
 }
 
-// The running thread stops here until its warp (and its block, if the place says so) is here. The
-// last lane to arrive calls `finish` before any lane goes on.
+// Stops the running thread until all of its warp (and of its block, if place.of_block) have
+// arrived. The last lane to arrive calls `finish` before any lane continues.
 template <class Finish>
 inline void meet(const Place& place, Finish finish) {
     Warp& warp = *current->warp;
@@ -364,11 +371,12 @@ inline void meet(const Place& place, Finish finish) {
 
 inline Exchange& exchange() { return current->warp->exchange[current->warp->meetings & 1]; }
 
-// A fiber's life: a kernel, its end, and when it is resumed there, the next block's kernel.
+// The body of a fiber: runs the kernel, meets at its end, and when resumed there runs the kernel
+// for the next block.
 inline void live() {
     Multiprocessor& block = *current->warp->block;
 #if defined(__SANITIZE_ADDRESS__)
-    // The first fiber that ever runs here is entered from the host, whose stack ASan tells.
+    // The first fiber is entered from the host: ASan then reports the bounds of the host's stack.
     void** stack = block.host.stack ? nullptr : &block.host.stack;
     __sanitizer_finish_switch_fiber(nullptr, const_cast<const void**>(stack), &block.host.bytes);
 #endif
@@ -390,11 +398,13 @@ class Device {
         std::lock_guard one_grid_at_a_time(mutex);
         launch = &what;
         blocks = uint64_t(what.grid.x) * what.grid.y * what.grid.z;
-        // Shuffled, block i is number i * stride: a permutation if they share no factor.
+        // Shuffled, the i-th block to run is i * stride (modulo blocks): a permutation, because
+        // stride and blocks share no factor.
         stride = thread_order == Order::shuffled ? order_seed % blocks + blocks / 2 + 1 : 1;
         while (std::gcd(stride, blocks) != 1) stride++;
         next = 0;
-        // The others are woken only if the first block says that it is worth their 50 us.
+        // Waking other OS threads costs some 50 us: do so only if the first block took so long that
+        // the rest is worth it.
         const auto began = std::chrono::steady_clock::now();
         take_block();
         const auto rest = (std::chrono::steady_clock::now() - began) * (blocks - 1);
@@ -414,7 +424,7 @@ class Device {
 
   private:
     static void wait(sem_t& semaphore) {
-        while (sem_wait(&semaphore) != 0) continue;  // a signal came
+        while (sem_wait(&semaphore) != 0) continue;  // interrupted by a signal
     }
 
     void help() {
@@ -440,11 +450,9 @@ class Device {
     std::vector<std::thread> threads;
     std::atomic<uint64_t> next = 0;
     uint64_t blocks = 0, stride = 1;
-    const Launch* launch = nullptr;  // none: the threads end
+    const Launch* launch = nullptr;  // null: the threads end
 };
 inline Device device;
-
-// What a thread shows the others at a meeting, and takes home from it.
 
 inline unsigned lane() { return current->index % warp_size; }
 
@@ -472,8 +480,9 @@ inline T reduce(unsigned mask, const Place& place, T v, Fold fold) {
     return T(x.value[0]);
 }
 
-// d = a b, each sum in the order of k. The products are exact, so fused or not is no matter. Nearly
-// all time goes here: written for vectors, and kept from the sanitizers, as no kernel's bug shows.
+// d = a b, each sum in the order of k. Products of bf16 are exact in fp32, so fused and unfused
+// multiply-adds agree. Nearly all time is spent here, so it is written for vectors and excluded
+// from the sanitizers: no kernel's bug shows in it.
 [[gnu::optimize("O3"), gnu::no_sanitize("address", "undefined"), gnu::noinline]] inline void
 multiply(Exchange& x) {
     using Floats [[gnu::vector_size(32)]] = float;
@@ -504,7 +513,8 @@ inline void need_16(const void* p, const char* what) {
 
 // [5] What a kernel can call ------------------------------------------- by CUDA's and PTX's names
 
-// CUDA's names are global: the directive at the end makes them so. `where` is who calls, for die().
+// CUDA's names are global: the using-directive at the end makes these global too. `where` is the
+// caller's source location, for die().
 namespace cuda {
 
 #define HERE std::source_location where = std::source_location::current()
@@ -530,7 +540,8 @@ inline int __syncthreads_count(int predicate, HERE) {
 
 inline void __syncwarp(unsigned mask = ~0u, HERE) { shuffle(mask, {"__syncwarp", where}, 0, 0); }
 
-// The width w cuts the warp into pieces of w lanes: who asks past its piece gets its own value.
+// The width w divides the warp into segments of w lanes. A lane that asks for one outside its
+// segment gets its own value.
 inline auto __shfl_sync(unsigned mask, auto v, int source, int width = 32, HERE) {
     const unsigned w = unsigned(width), from = (lane() & -w) + (unsigned(source) & (w - 1));
     return shuffle(mask, {"__shfl_sync", where}, v, from);
@@ -573,8 +584,8 @@ inline auto __reduce_min_sync(unsigned mask, auto v, HERE) {
                   [](auto a, auto b) { return a < b ? a : b; });
 }
 
-// Atomics of integers only, since a sum of floats would depend on the order. They order memory too,
-// so that __threadfence is nothing here.
+// Atomics exist for integers only: a sum of floats would depend on the order of the threads. They
+// are sequentially consistent, so __threadfence has nothing to do.
 template <class T>
 concept AtomicInteger =
     std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>;
@@ -624,11 +635,12 @@ inline uint4 load_stream(const void* p) {
     return *static_cast<const uint4*>(p);
 }
 
-// The copy happens at the wait that covers it and not before, so that a missing wait reads NaN.
+// The copy happens at the wait that covers it, so that a kernel without that wait reads NaN.
 inline void cp_async16(void* shared_target, const void* global_source) {
     need_16(shared_target, "cp_async16's target");
     need_16(global_source, "cp_async16's source");
-    [[maybe_unused]] volatile char seen = static_cast<const char*>(global_source)[15];  // for ASan
+    [[maybe_unused]] volatile char seen =
+        static_cast<const char*>(global_source)[15];  // ASan checks the source now
     std::memset(shared_target, 0xff, 16);
     Fiber& me = *current;
     me.copies.push_back({shared_target, global_source, me.groups});
@@ -645,18 +657,18 @@ inline void cp_async_wait() {
     me.copies.erase(me.copies.begin(), me.copies.begin() + std::ptrdiff_t(n));
 }
 
-// Programmatic dependent launch: here a kernel starts when the one before has ended.
+// Programmatic dependent launch: on the host a kernel starts when the one before it has ended.
 inline void grid_dependency_wait() {}
 inline void launch_dependents() {}
 
-// Nobody may touch these bytes from here on: gaps between the parts of an arena, for ASan.
+// Makes ASan report any access to these bytes: the gaps between the parts of an arena.
 inline void forbid([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(p, bytes);
 #endif
 }
 
-// Rounded to nearest even; NaN as the GPU has it.
+// Rounds to nearest even; a NaN becomes 0x7fff, as on the GPU.
 inline uint32_t pack_bf16(float lo, float hi) {
     const auto round = [](float x) -> uint32_t {
         const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -670,7 +682,8 @@ inline uint32_t pack_bf16(float lo, float hi) {
 
 using namespace cuda_on_cpu::cuda;
 
-// Bits and numbers. Not in the namespace: some C libraries have some of these too.
+// Conversions between bits and numbers. They are not in the namespace, since some C libraries
+// declare some of them too.
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
@@ -692,7 +705,7 @@ inline void sincospif(float x, float* sine, float* cosine) {
     *cosine = float(std::cos(r));
 }
 inline auto __ldg(const auto* p) { return *p; }
-// As fminf and fmaxf: of a NaN and a number, the number.
+// Like fminf and fmaxf: for a NaN and a number the result is the number.
 template <class A, class B, class T = std::common_type_t<A, B>>
 constexpr T min(A a, B b) {
     return T(b) < T(a) || T(a) != T(a) ? T(b) : T(a);
@@ -758,7 +771,7 @@ struct cudaDeviceProp {
 
 }
 
-// Less than a real device has: all of it is filled with NaN.
+// Less memory than a real device has, since all that is allocated is filled with NaN.
 inline const size_t memory_total = [] {
     const char* given = std::getenv("CUDA_ON_CPU_BYTES");
     return given ? size_t(std::atoll(given)) : size_t(1) << 30;
@@ -766,11 +779,12 @@ inline const size_t memory_total = [] {
 inline std::atomic<size_t> memory_used = 0;
 
 inline std::mutex shared_limits_mutex;
-inline std::map<const void*, size_t> shared_limits;  // by kernel: what cudaFuncSetAttribute set
+inline std::map<const void*, size_t> shared_limits;  // by kernel, as set by cudaFuncSetAttribute
 
-inline thread_local cuda::cudaError_t error = cuda::cudaSuccess;  // what cudaGetLastError says
-inline thread_local std::string error_text;                       // of the last error of all
-inline thread_local int captures = 0;  // of this thread, which then may not wait nor allocate
+inline thread_local cuda::cudaError_t error = cuda::cudaSuccess;  // for cudaGetLastError
+inline thread_local std::string error_text;                       // of this thread's last error
+inline thread_local int captures =
+    0;  // that this thread has begun; it then may not wait or allocate
 
 inline cuda::cudaError_t fail(cuda::cudaError_t code, const std::string& why) {
     error_text = "cuda_on_cpu: " + why;
@@ -782,7 +796,7 @@ inline cuda::cudaError_t outside_capture() {
                     : cuda::cudaSuccess;
 }
 
-// At once, or when the graph that the stream captures is launched.
+// Does the work at once, or, if the stream is capturing, adds it to the graph.
 inline cuda::cudaError_t enqueue(cuda::Stream* stream, std::function<void()> work) {
     if (stream && stream->capturing)
         stream->capturing->push_back(std::move(work));
@@ -886,7 +900,7 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t
     return cudaSuccess;
 }
 
-// A graph is the list of what was done on a stream, arguments by value; launching it does it.
+// A graph is the list of operations that were enqueued on a stream, with their arguments by value.
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (!s || s->capturing) return fail(cudaErrorInvalidValue, "this stream cannot capture");
     s->capturing = new Graph;

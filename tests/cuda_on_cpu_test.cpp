@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The emulation itself: each promise of cuda_on_cpu.h by a small kernel, right ones and broken
-// ones. What ends the program (a barrier that not all reach, an overrun) runs in a forked child.
+// Tests of the emulation itself: each promise of cuda_on_cpu.h is checked with small kernels,
+// correct and broken ones. A kernel that ends the program (a barrier that not all threads reach, an
+// overrun) runs in a forked child.
 #include "cuda_on_cpu.h"
 #include "test.h"
 
@@ -13,7 +14,7 @@ using cuda_on_cpu::Order;
 
 namespace {
 
-struct OrderGuard {  // each test leaves the order as it was
+struct OrderGuard {  // restores the order after a test
     ~OrderGuard() { cuda_on_cpu::set_order(Order::forward); }
 };
 
@@ -41,7 +42,7 @@ cudaError_t launch(K* kernel, dim3 grid, unsigned block, size_t shared, A... arg
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Runs f in a child and returns what it wrote to stderr; "" if it ended well.
+// Runs f in a child process. Returns "" if it exits with 0, else what it wrote to stderr.
 template <class F>
 std::string last_words(F f) {
     int ends[2];
@@ -49,9 +50,9 @@ std::string last_words(F f) {
     std::fflush(nullptr);
     const pid_t child = fork();
     if (child == 0) {
-        for (int s : {SIGABRT, SIGSEGV}) std::signal(s, SIG_DFL);  // not Catch2's report
+        for (int s : {SIGABRT, SIGSEGV}) std::signal(s, SIG_DFL);  // instead of Catch2's report
         dup2(ends[1], 2);
-        cuda_on_cpu::set_threads(1);  // fork does not take the others along
+        cuda_on_cpu::set_threads(1);  // fork copies the calling thread only
         f();
         _exit(0);
     }
@@ -87,7 +88,8 @@ __global__ void product(const uint16_t* a, const uint16_t* b, const float* c, fl
 }
 
 TEST_CASE("mma is the matrix product, by the fragments of the PTX ISA") {
-    // Small integers, all different enough that a swapped row, column or k shows; sums are exact.
+    // Small integers, so that sums are exact, which differ enough to show a swapped row, column or
+    // k.
     std::vector<uint16_t> a(16 * 16), b(16 * 8);
     std::vector<float> c(16 * 8), expected(16 * 8);
     const auto A = [](int row, int k) { return float((row * 7 + k * 3) % 23 - 11); };
@@ -109,8 +111,8 @@ TEST_CASE("mma is the matrix product, by the fragments of the PTX ISA") {
 
 TEST_CASE("pack_bf16 rounds to nearest even") {
     CHECK(pack_bf16(1.f, -2.f) == 0xc0003f80u);
-    CHECK(bf16_of(__uint_as_float(0x3f808000)) == 0x3f80);  // half way: to even, down
-    CHECK(bf16_of(__uint_as_float(0x3f818000)) == 0x3f82);  // and up
+    CHECK(bf16_of(__uint_as_float(0x3f808000)) == 0x3f80);  // a tie: down to even
+    CHECK(bf16_of(__uint_as_float(0x3f818000)) == 0x3f82);  // a tie: up to even
     CHECK(bf16_of(__uint_as_float(0x3f808001)) == 0x3f81);
     CHECK(bf16_of(INFINITY) == 0x7f80);
     CHECK(bf16_of(-NAN) == 0x7fff);
@@ -246,7 +248,7 @@ TEST_CASE("atomics, from several OS threads") {
 
 // Mistakes ---------------------------------------------------------------------------------------
 
-// out[i] = i's neighbour in the block, through shared memory
+// out[i] = the number of thread i's neighbour in the block, passed through shared memory.
 __global__ void neighbours(int* out, bool with_barrier) {
     int* values = reinterpret_cast<int*>(dynamic_shared());
     values[threadIdx.x] = int(threadIdx.x);
@@ -254,7 +256,7 @@ __global__ void neighbours(int* out, bool with_barrier) {
     out[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
 }
 
-// The same within a warp.
+// The same between the lanes of a warp.
 __global__ void lane_neighbours(int* out, bool with_barrier) {
     int* values = reinterpret_cast<int*>(dynamic_shared());
     values[threadIdx.x] = int(threadIdx.x);
@@ -277,13 +279,13 @@ TEST_CASE("a missing barrier makes the result depend on the order, and a present
                 results.push_back(out.read());
             }
             for (int o = 1; o < 4; o++) CHECK((results[size_t(o)] == results[0]) == with_barrier);
-            // What nobody wrote yet is the poison, not what the last launch left.
+            // Shared memory that is not written yet is NaN bits, not the last launch's values.
             if (!with_barrier) CHECK(results[0][0] == -1);
         }
     }
 }
 
-// Two groups of copies, the second in flight while the first is used.
+// Two groups of copies; the second is in flight while the first is used.
 __global__ void copies(const float4* in, float* out, int waits) {
     float4* target = reinterpret_cast<float4*>(dynamic_shared());  // [2][32]
     for (unsigned stage = 0; stage < 2; stage++) {
@@ -410,7 +412,7 @@ TEST_CASE("a graph does nothing when captured and everything when launched") {
     cudaStreamDestroy(stream);
 }
 
-TEST_CASE("launches that no GPU of ours takes are refused, in words") {
+TEST_CASE("launches that our GPUs would refuse are refused with a message") {
     const auto refused = [](dim3 grid, unsigned block, size_t shared) {
         return launch(write_shared, grid, block, shared, 0) == cudaErrorInvalidValue;
     };

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The engines against Hugging Face (tolerances, derived and printed) and against themselves
-// (equalities, to the last bit). tests/make_golden.py made the numbers.
+// Compares the engines with Hugging Face (within tolerances that are derived here and printed) and
+// with themselves (equal to the last bit). tests/make_golden.py makes the golden files.
 //
-// GEMMA_CUDA=1 adds the CUDA engine where it can run. GEMMA_EMULATED=1 says that it is gemma.cu
-// compiled for the CPU by tests/cuda_on_cpu.h: it runs alone, and the tests do less.
+// The macro GEMMA_CUDA adds the CUDA engine, where it can run. GEMMA_EMULATED means that this
+// engine is gemma.cu compiled for the CPU with tests/cuda_on_cpu.h: then only it is tested, and the
+// tests do less work.
 #include <cmath>
 #include <map>
 #include <random>
@@ -27,10 +28,10 @@ using nlohmann::json;
 namespace {
 
 const std::filesystem::path golden = repository / "tests/golden";
-// With CUDA_VISIBLE_DEVICES= the same program tests the CPU engine, as the others do.
+// With an empty CUDA_VISIBLE_DEVICES the emulated build tests the CPU engine like other builds.
 const char* const visible = std::getenv("CUDA_VISIBLE_DEVICES");
 const bool emulated = GEMMA_EMULATED && (!visible || *visible);
-#ifdef __SANITIZE_ADDRESS__  // the same lines, and a tenth of the speed: fewer rows of equalities
+#ifdef __SANITIZE_ADDRESS__  // a tenth of the speed: fewer budgets
 constexpr bool sanitized = true;
 #else
 constexpr bool sanitized = false;
@@ -39,7 +40,7 @@ constexpr bool sanitized = false;
 enum class Device { cpu, cuda };
 const char* name_of(Device device) { return device == Device::cpu ? "CPU" : "CUDA"; }
 
-// What each test runs on. Says once what is left out.
+// The engines to test. Prints once what is left out.
 const std::vector<Device>& devices() {
     static const std::vector<Device> all = [] {
         std::vector<Device> found;
@@ -88,7 +89,7 @@ std::vector<float> read_floats(const std::filesystem::path& path) {
     return floats;
 }
 
-// log softmax, in double.
+// Log softmax in double precision.
 std::vector<double> log_softmax(const float* logits, int V) {
     const double top = *std::max_element(logits, logits + V);
     double total = 0;
@@ -98,7 +99,7 @@ std::vector<double> log_softmax(const float* logits, int V) {
     return out;
 }
 
-// The whole of `ids` as the one row of a step.
+// A step with one row: all of `ids`, nothing computed before.
 Batch one_row(const std::vector<int>& ids) {
     Batch batch;
     batch.tokens = ids;
@@ -123,8 +124,8 @@ Results score(Engine& engine, const std::vector<int>& ids, const std::vector<int
     return engine.model->step(batch);
 }
 
-// What the engine thinks of each id of `greedy` after the prompt and those before it, and its `top`
-// likeliest ids there.
+// For each id of `greedy`: its logprob after the prompt and the ids of `greedy` before it, and the
+// `top` likeliest ids at that place.
 Results follow(Engine& engine, std::vector<int> ids, const std::vector<int>& greedy, int top) {
     const int first = int(ids.size()) - 1;
     ids.insert(ids.end(), greedy.begin(), greedy.end());
@@ -142,14 +143,14 @@ std::vector<int> ids_of(const Results& results) {
 
 // How far an engine's logprobs may be from Hugging Face's fp32 run.
 //
-// The CPU engine is fp32 too, so both differ by the roundings of their sums. What they cost
-// transformers was measured against float64; ours may cost as much, the difference is at most their
-// sum, and a factor of 4 covers other inputs' extremes. Then log softmax: the largest rounding of a
-// logprob near -32, and 2^-40 steps of V probabilities.
+// The CPU engine computes in fp32 too, so the two differ by the roundings of their sums. The error
+// of transformers' sums was measured against float64. Ours may be as large, so the difference is at
+// most twice that, and a factor of 4 covers the extremes of other inputs. Log softmax adds the
+// largest rounding of a logprob near -32, and V probabilities rounded to 2^-40.
 //
-// The CUDA engine rounds to bf16 what transformers wholly in bf16 rounds, or less (the residual
-// stream and all sums stay fp32), so it may be off by as much as that run, which was measured on a
-// few rows only: again a factor of 4.
+// The CUDA engine rounds fewer values to bf16 than transformers does in bf16 (its residual stream
+// and all sums stay fp32), so it may be off by as much as that run. The run's error was measured on
+// a few rows only: again a factor of 4.
 double tolerance_of(const json& g, Device device, int V) {
     const double roundings = device == Device::cpu ? 8 * double(g["fp64_max_abs_diff"])
                                                    : 4 * double(g["bf16_max_abs_diff"]);
@@ -172,11 +173,12 @@ void check_difference(const Difference& d, double tolerance, Device device,
     CHECK(d.worst <= tolerance);
 }
 
-// What the engine says after each prompt: the CPU's its own greedy text, which must be Hugging
-// Face's to the letter. A tolerance of the CUDA engine is larger than most gaps between two best
-// logits, and after the first other id texts have nothing in common: it is led along Hugging Face's
-// text, each id of which must be as good as its own best, but for twice the tolerance (one may be
-// too low by it, the other too high). Where the gap is larger than that, both are the same id.
+// Compares greedy text after each prompt. The CPU engine generates its own, which must equal
+// Hugging Face's. For the CUDA engine that is too strict: its tolerance is larger than most gaps
+// between the two best logits, and one different id changes all text after it. So it is fed Hugging
+// Face's text and asked for the logprob of each id, which may be below its own best by at most
+// twice the tolerance (one logprob may be too low by it, the other too high). Where Hugging Face's
+// gap is larger than that, the best id must be the same.
 std::vector<Results> check_greedy(Engine& engine, Device device, const json& prompts,
                                   double tolerance, int top) {
     Scheduler scheduler(limits_of(engine.checkpoint.config, 256, 512));
@@ -237,7 +239,7 @@ void check_golden(const std::string& name, Device device) {
             }
         }
         check_difference(ours, tolerance, device, directory);
-        // The mean needs no factor for extremes: it tells a rounding that is too coarse.
+        // The rms needs no factor for extremes: it shows a rounding that is too coarse.
         if (device == Device::cuda)
             std::printf("CUDA %-10s rms %.2e, of transformers in bf16 %.2e\n", directory.c_str(),
                         ours.rms(), low.rms());
@@ -274,7 +276,7 @@ TEST_CASE("real Gemma 3 270M: greedy text and the 20 likeliest tokens are Huggin
                 std::map<int, double> want;
                 for (size_t i = 0; i < 20; i++) want[top["ids"][i]] = top["logprobs"][i];
                 for (const auto& t : all[p][size_t(top["index"])].top) {
-                    // Where two ids are as likely as each other, either may be the twentieth.
+                    // If two ids are about equally likely, either may be the twentieth.
                     ours.add(t.logprob,
                              want.count(t.id) ? want[t.id] : double(top["logprobs"][19]));
                 }
@@ -308,7 +310,7 @@ TEST_CASE("the CUDA engine's logprobs are the CPU engine's") {
 
 namespace {
 
-// Penalties and biases, as a request sets them.
+// Sets penalties and biases the way a request does.
 void penalise(Sequence& s, const std::map<int, float>& biases) {
     s.presence = 0.5f, s.frequency = 0.25f, s.repetition = 1.2f;
     std::map<int, Adjustment> adjustments;
@@ -317,9 +319,9 @@ void penalise(Sequence& s, const std::map<int, float>& biases) {
     for (const auto& [id, adjustment] : adjustments) s.adjustments.push_back(adjustment);
 }
 
-// Prompts of all lengths around pages, windows and chunks; some greedy, some drawn, all with
-// logprobs. Of five the second is penalised, the third wants the logprobs of its prompt, the fourth
-// may use some ids only, the fifth is and wants all this.
+// Prompts of lengths around pages, windows and chunks; some greedy, some sampled, all with
+// logprobs. Of each five sequences the second has penalties, the third prompt_logprobs, the fourth
+// masks of allowed ids, the fifth all three.
 Sequences crowd(const Config& config, int count, unsigned seed) {
     std::mt19937 random(seed);
     const auto pick = [&](int low, int high) {
@@ -339,7 +341,7 @@ Sequences crowd(const Config& config, int count, unsigned seed) {
             penalise(s, {{pick(0, config.vocab - 1), 4}, {prompt[0], -1}, {prompt.back(), 1}});
         if (i % 5 == 2 || i % 5 == 4) {
             s.prompt_logprobs = 5;
-            s.max_tokens = std::max(0, s.max_tokens - s.prompt_tokens);  // it costs as much
+            s.max_tokens = std::max(0, s.max_tokens - s.prompt_tokens);  // keeps the cost the same
         }
         if (i % 5 == 3 || i % 5 == 4) {
             std::vector<uint32_t> masks[2];
@@ -396,13 +398,13 @@ void check_equalities(const char* name, Device device) {
             CHECK(same(others[i], alone[i]));
         }
     };
-    // In a crowd, whole or in chunks: on both sides of the tiles' sizes.
+    // All together, with budgets below and above the sizes of the kernels' tiles.
     const std::vector<int> few{2, 9, 65}, all{1, 2, 7, 8, 9, 16, 17, 32, 64, 65, 4096};
     for (const int budget : emulated || sanitized ? few : all) {
         INFO("up to " << budget << " tokens a step");
         equal(results_of(*engine.model, limits_of(config, budget), sequences));
     }
-    // From the prefix cache, in the second round.
+    // One after another; the second round takes its prompts from the prefix cache.
     Scheduler scheduler(limits_of(config));
     for (const int round : {0, 1}) {
         std::vector<Results> results;
@@ -417,7 +419,7 @@ void check_equalities(const char* name, Device device) {
         equal(results);
         CHECK((cached > 0) == (round == 1));
     }
-    // With so few pages that sequences are preempted again and again.
+    // All together, with so few pages that sequences are preempted again and again.
     int preemptions = 0;
     equal(results_of(*engine.model, limits_of(config, 64, 9), sequences, &preemptions));
     CHECK(preemptions > 0);
@@ -464,13 +466,13 @@ TEST_CASE("the logprobs of a prompt are those with which it was generated") {
                     const auto first = read[i].begin() + writers[i]->prompt_tokens - 1;
                     CHECK(same({first, first + 40}, written[i]));
                 }
-                if (emulated) break;  // 33
+                if (emulated) break;  // 33 only: the emulation is slow
             }
         }
     }
 }
 
-// Hash of every bit that a crowd's results have.
+// A hash over all bits of a crowd's results.
 uint64_t hash_of_crowd(const char* name, Device device, uint64_t hash) {
     const auto add = [&](const auto& value) {
         unsigned char bytes[sizeof value];
@@ -489,8 +491,8 @@ uint64_t hash_of_crowd(const char* name, Device device, uint64_t hash) {
     return hash;
 }
 
-// Prints a hash for each engine, to compare builds. ./dev sanitize does, for processors with other
-// vector widths (AVX-512, AVX2, none), which must agree; so must a change that changes no bit.
+// Prints a hash for each engine, to compare builds. ./dev sanitize compares builds for different
+// vector widths, which must agree. A change that should change no bit can be checked the same way.
 TEST_CASE("bits", "[.][bits]") {
     for (const Device device : devices()) {
         uint64_t hash = 14695981039346656037u;
@@ -503,11 +505,11 @@ TEST_CASE("bits", "[.][bits]") {
 
 namespace {
 
-// What one position of the 1b golden is sampled with.
+// How a token is sampled after `drawn_after`, on the 1b golden's checkpoint.
 struct Draw {
     Sampling sampling;
     std::vector<Adjustment> adjustments = {};
-    std::vector<int> allowed = {};  // none: all
+    std::vector<int> allowed = {};  // empty: all
 };
 
 const std::vector<int> drawn_after{Tokenizer::bos, 17, 300, 41};
@@ -527,10 +529,10 @@ Result draw(Engine& engine, const Draw& d) {
     return engine.model->step(batch).at(0);
 }
 
-// The logit of `id`, which logprobs tell up to a constant, by bisection: a greedy choice between it
-// and an id whose logit is made 0.
+// The raw logit of `id`; logprobs give it up to a constant only. By bisection: at which bias does
+// `id` win against `other`, whose logit a huge repetition penalty makes 0?
 double raw_logit(Engine& engine, int id, int other) {
-    double low = -64, high = 64;  // the bias that loses, the bias that wins
+    double low = -64, high = 64;  // with bias low `id` loses, with high it wins
     while (high - low > 0x1p-16) {
         const double bias = (low + high) / 2;
         const Draw d{{.temperature = 0}, {{other, 100, 1e30f, 0}, {id, float(bias)}}, {id, other}};
@@ -539,7 +541,7 @@ double raw_logit(Engine& engine, int id, int other) {
     return -high;
 }
 
-// The distribution that is drawn from: adjust, sort, cut, renormalise, in double.
+// The exact probabilities, in double: adjust the logits, sort, cut, renormalise.
 std::vector<double> distribution(std::vector<double> logits, const Draw& d) {
     const Sampling& s = d.sampling;
     for (const Adjustment& a : d.adjustments) {
@@ -574,7 +576,7 @@ std::vector<double> distribution(std::vector<double> logits, const Draw& d) {
     return p;
 }
 
-// Draws follow `p`, and are the same again.
+// Checks that draws follow `p`, and that the same step draws the same ids again.
 void check_draws(Engine& engine, const Draw& d, const std::vector<double>& p) {
     const int draws = emulated ? 1'000 : 20'000;
     Batch batch = one_row(drawn_after);
@@ -595,8 +597,8 @@ void check_draws(Engine& engine, const Draw& d, const std::vector<double>& p) {
         chi2 += std::pow(counts[id] - expected, 2) / expected;
         cells++;
     }
-    // Chi squared has mean `cells` and variance 2 cells; five deviations are one run in a
-    // million, and the seeds are fixed.
+    // Chi squared has mean `cells` and variance 2 * cells. Five standard deviations are rarely
+    // exceeded by chance, and the seeds are fixed, so the outcome never varies.
     const Sampling& s = d.sampling;
     INFO("temperature " << s.temperature << " top_k " << s.top_k << " top_p " << s.top_p
                         << " min_p " << s.min_p << ", " << d.adjustments.size() << " adjusted, "
@@ -606,7 +608,7 @@ void check_draws(Engine& engine, const Draw& d, const std::vector<double>& p) {
     CHECK(cells > 0);
 }
 
-// The logits of drawn_after, and their ids, the likeliest first.
+// The raw logits after `drawn_after`, and the ids, likeliest first.
 struct Logits {
     explicit Logits(Engine& engine) {
         for (const Result& r : score(engine, drawn_after, {3})) {
@@ -651,8 +653,9 @@ TEST_CASE("draws follow adjusted logits and stay within the allowed ids") {
         Engine engine(golden / "1b", device);
         const Logits logits(engine);
         const auto& by_rank = logits.ids;
-        // The 40 likeliest are biased to -2 .. 2, so that repetition's both branches count; their
-        // penalties bring them back to where the others are.
+        // Biases move the logits of the 40 likeliest ids to -2 .. 2, so that both branches of the
+        // repetition penalty (positive and negative logits) are used; negative penalties then raise
+        // them above the others again.
         std::vector<Adjustment> some, even;
         for (int i = 0; i < 40; i++) {
             const int id = by_rank[size_t(i)];
@@ -662,7 +665,7 @@ TEST_CASE("draws follow adjusted logits and stay within the allowed ids") {
         }
         const std::vector<int> forty(by_rank.begin(), by_rank.begin() + 40);
         const std::vector<int> three{by_rank[0], by_rank[40], by_rank[300]};
-        std::vector<Adjustment> near;  // lifts the three to about the same
+        std::vector<Adjustment> near;  // brings the three logits close together
         for (const int id : three)
             near.push_back(
                 {id, float(1 - logits.values[size_t(id)]), 1, 0.5f * float(near.size())});
@@ -676,11 +679,11 @@ TEST_CASE("draws follow adjusted logits and stay within the allowed ids") {
                               {{1, 0, 0.7f, 0}, near, three},
                               {{1, 0, 1, 0.5f}, near, three},
                               {{1, 0, 1, 0}, {}, {by_rank[300]}},
-                              // Not beside the likeliest of all, but of the allowed.
+                              // min_p is relative to the likeliest allowed id, not of all ids.
                               {{1, 0, 1, 0.5f}, {}, {by_rank[100], by_rank[101]}}}) {
             check_draws(engine, d, distribution(logits.values, d));
         }
-        // The same bias for all changes nothing.
+        // The same bias on all allowed ids changes nothing.
         check_draws(engine, {{1, 0, 1, 0}, even, forty},
                     distribution(logits.values, {{1, 0, 1, 0}, {}, forty}));
     }
@@ -700,12 +703,12 @@ TEST_CASE("greedy sees adjustments and the allowed ids, and takes the lowest of 
         CHECK(greedy({{first, -100}}) == second);
         CHECK(greedy({{first, 0, 1, 100}, {second, -100}}) == third);
         CHECK(greedy({{77, 100}}) == 77);
-        CHECK(greedy({{first, 0, 1e30f}}) == second);  // a positive logit, towards 0
+        CHECK(greedy({{first, 0, 1e30f}}) == second);  // a positive logit divided by 1e30 is 0
         CHECK(greedy({}, {second, third}) == second);
         CHECK(greedy({{first, 100}}, {second, third}) == second);
         CHECK(greedy({{third, 100}}, {second, third}) == third);
         CHECK(greedy({{first, -100}}, {first}) == first);
-        // All equal, because a logit vanishes beside 1e30.
+        // A penalty of 1e30 makes all logits equal: the logit is lost in rounding.
         std::vector<Adjustment> equal;
         for (int id = 0; id < engine.checkpoint.config.vocab; id++)
             equal.push_back({id, 0, 1, 1e30f});
@@ -714,7 +717,7 @@ TEST_CASE("greedy sees adjustments and the allowed ids, and takes the lowest of 
         CHECK(greedy({{300, 1e30f}, {78, 1e30f}}) == 78);
         CHECK(greedy({}, {0}) == 0);
         CHECK(greedy({}, {511}) == 511);
-        // Sampling takes the lowest of equal ids too, where top-k cuts among them.
+        // Where top-k cuts among equal logits, it keeps the lowest ids.
         for (uint64_t seed = 0; seed < 20; seed++) {
             const Draw d{{.top_k = 2, .seed = seed}, equal, {77, 78, 300}};
             CHECK(draw(engine, d).id <= 78);
@@ -729,7 +732,7 @@ TEST_CASE("logprobs are the raw logits', whatever is sampled") {
         const int vocab = engine.checkpoint.config.vocab;
         const Results every = score(engine, drawn_after, {3});
         const std::vector<Adjustment> shift{{7, 50}, {8, -50, 2, 3}, {300, 0, 1.3f, 0.5f}};
-        // Side by side: one output's adjustments do not reach the next.
+        // All in one step: the adjustments of one output must not affect the next.
         Batch batch = one_row(drawn_after);
         for (uint64_t seed = 0; seed < 8; seed++) {
             for (const Draw& d : {Draw{{.seed = seed, .logprobs = 20}},
@@ -744,13 +747,14 @@ TEST_CASE("logprobs are the raw logits', whatever is sampled") {
         const Results results = engine.model->step(batch);
         for (size_t i = 0; i < results.size(); i++) {
             INFO("output " << i);
-            // The same output asked for as a plain target, alone.
+            // The same id as the target of the only output of a step.
             Batch alone = one_row(drawn_after);
             alone.outputs.push_back({3, results[i].id, 0, {.logprobs = 20}, {}, nullptr});
             CHECK(same({results[i]}, engine.model->step(alone)));
             CHECK(results[i].logprob == every[size_t(results[i].id)].logprob);
             if (i % 2) CHECK(results[i].id == 8);
-            if (i % 8 == 2) CHECK(results[i].id == 7);  // exp(50) times as likely
+            if (i % 8 == 2)
+                CHECK(results[i].id == 7);  // its bias of 50 makes it exp(50) times as likely
             if (i % 8 == 4)
                 CHECK((results[i].id == 3 || results[i].id == 8 || results[i].id == 300));
         }
