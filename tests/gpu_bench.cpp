@@ -7,12 +7,13 @@
 //   decode    steps of one token a row, beside the bound: reading the weights, and the K and V of
 //             the context, once, at the read bandwidth that is measured first
 //   prefill   one prompt
-//   kernels   each kernel of a step alone: the next bottleneck's name
+//   kernels   each kernel of a step alone: shows the next bottleneck
 //   http      64 clients, and the engine alone on the same work
 //
-// Device times are replays of a graph of the production code's own launches, between two events.
+// A device time is measured between two events around replays of a graph, which holds the launches
+// of the production code.
 #include "../gemma.cu"
-//
+
 #include <set>
 
 #include "bench.h"
@@ -21,7 +22,7 @@ namespace bench {
 namespace {
 
 constexpr int step_tokens = 4096;  // the server's default
-constexpr int unending = 1000;     // tokens, more than any row here comes to
+constexpr int unending = 1000;     // max_tokens that no row here reaches
 const char* const directory = "build/random-1b";
 
 // [1] Measuring -----------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ __global__ void fill_kernel(uint4* to) {
     to[i] = {lo, hi, lo * 0x85ebca6bu, hi * 0xc2b2ae35u};
 }
 
-constexpr int loads = 8;  // of 16 bytes, in flight in each thread
+constexpr int loads = 8;  // of 16 bytes in flight, a thread
 __global__ void read_kernel(const uint4* from, uint32_t* sink) {
     const uint4* mine = from + size_t(blockIdx.x) * blockDim.x * loads + threadIdx.x;
     uint4 v[loads];
@@ -43,7 +44,7 @@ __global__ void read_kernel(const uint4* from, uint32_t* sink) {
     uint32_t sum = 0;
 #pragma unroll
     for (int i = 0; i < loads; i++) sum ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
-    if (sum == 0x12345678) *sink = sum;  // so that the loads are needed
+    if (sum == 0x12345678) *sink = sum;  // uses the loads, so they are not removed
 }
 
 struct Events {
@@ -61,8 +62,8 @@ struct Events {
     }
 };
 
-// Bytes per second of a plain read of 4 GB, best of five. Random bytes: zeros take less power, and
-// so may clock higher.
+// Bytes per second of a plain read of 4 GB, best of five. The bytes are random: zeros take less
+// power, so the GPU might clock higher.
 double read_bandwidth() {
     constexpr size_t bytes = size_t(4) << 30;
     constexpr unsigned threads = 256;
@@ -83,7 +84,7 @@ double read_bandwidth() {
     return best;
 }
 
-// Seconds on the device of what `record` launches: the mean of replays of some 50 ms.
+// Device seconds of the launches that `record` makes: the mean over some 50 ms of graph replays.
 template <class Record>
 double device_time(Stream& stream, Record record) {
     cudaGraph_t graph;
@@ -121,7 +122,7 @@ struct Setup {
     }
 };
 
-using Profile = std::map<std::string, std::pair<int, double>>;  // of a Stream
+using Book = std::map<std::string, std::pair<int, double>>;  // kernel -> launches, bytes
 
 Profile profile_of(CudaModel& model, const StepShape& shape) {
     Profile profile;
@@ -154,7 +155,7 @@ void add_prompts(const Setup& s, Scheduler& scheduler, int count, int prompt, in
     }
 }
 
-// Steps until the next one decodes `rows` rows.
+// Runs steps until one consists of `rows` rows that decode.
 void until_decode(const Setup& s, Scheduler& scheduler, int rows) {
     for (bool decodes = false; !decodes;) {
         const Batch& b = scheduler.next();
@@ -207,11 +208,11 @@ struct Rate {
     int launches;
 };
 
-// Steps of `batch` rows around a context of `context`; the device's part is measured half-way.
+// Times steps of `batch` rows at contexts around `context`; the device time is taken half-way.
 Rate decode(const Setup& s, int batch, int context, const Sampling& sampling) {
     constexpr int warm = 8, half = 32;
     Scheduler scheduler(s.limits());
-    // Rows that are ready early decode while others are in prefill.
+    // Rows whose prefill is done first decode while others are in prefill, so contexts differ a bit.
     add_prompts(s, scheduler, batch, context - warm - half, unending, sampling);
     until_decode(s, scheduler, batch);
     const auto steps = [&](int count) {
@@ -284,7 +285,7 @@ double prefill(const Setup& s, int prompt, int tokens) {
 void prefill_rows(const Setup& s) {
     for (const int tokens : {step_tokens, 2 * step_tokens}) {
         for (const int prompt : {1024, 8192, 30720}) {
-            if (prompt < tokens && tokens > step_tokens) continue;  // nothing changes
+            if (prompt < tokens && tokens > step_tokens) continue;  // the same as before
             const double t = prefill(s, prompt, tokens);
             row(text("prefill of %d, steps of %d", prompt, std::min(prompt, tokens)),
                 text("%.1f ms", 1e3 * t),
@@ -293,8 +294,8 @@ void prefill_rows(const Setup& s) {
     }
 }
 
-// A step of one kernel only, for each of its kernels. Those with few launches a step are recorded
-// several times over, so that a graph's own start does not count.
+// Times, for each kernel, a step that runs this kernel only. Kernels with few launches a step are
+// recorded several times, so that the start of the graph does not count.
 void kernel_rows(const Setup& s, const std::string& step, const Batch& b, bool prompt) {
     CudaModel& model = s.model;
     const StepShape shape = model.pack(b, CudaModel::bucket_of(b));
@@ -341,8 +342,8 @@ void kernel_table(const Setup& s) {
 
 constexpr int clients = 64, in = 1024, out = 128;
 
-// Tokens per second of the engine alone, all requests at once; the second time, since in the first
-// graphs are captured.
+// Tokens per second of the engine alone, all requests at once. The second round counts, since the
+// first one captures graphs.
 double engine_rate(const Setup& s) {
     double seconds = 0;
     for (int round = 0; round < 2; round++) {
@@ -367,7 +368,7 @@ void http_rows(double engine, int vocab) {
     row(text("engine alone, %d x %d in, %d out", clients, in, out), text("%.0f tok/s out", engine),
         "");
     for (const int count : {clients, 1}) {
-        streams(count);  // graphs are captured
+        streams(count);  // not counted: it captures graphs
         const Streams many = streams(count);
         std::string rest = text("TTFT %.1f ms, TPOT %.2f ms", 1e3 * many.first, 1e3 * many.each);
         if (count == clients)
@@ -395,8 +396,8 @@ void on_the_engine(const std::set<std::string>& sections) {
     row("read bandwidth, 4 GB", text("%.0f GB/s", bandwidth / 1e9), "");
     double engine = 0;
     {
-        CudaModel model(checkpoint, {2 * step_tokens, 0.9});
-        // Local: the window of 256 rows, and a step. Global: 256 rows of 1,300.
+        CudaModel model(checkpoint, {256, 2 * step_tokens, 0.9});
+        // Local pages: 256 windows and one step. Global pages: 256 rows of 1,300 tokens.
         const int window = c.W / page_tokens + 2, step = 2 * step_tokens / page_tokens;
         const int pages[2] = {256 * (window + 1) + step, 256 * 1300 / page_tokens};
         model.allocate_pages(pages);

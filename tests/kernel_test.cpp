@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernels of gemma.cu, through its own launchers: against plain loops in double (tolerances,
-// derived and printed) and against themselves (equalities, to the last bit).
+// Tests the kernels of gemma.cu through their own launchers: against plain loops in double (within
+// tolerances that are derived here and printed) and against themselves (equal to the last bit).
 //
-// Inputs are rounded to bf16 before both see them, so what differs is the roundings of sums and of
-// the output. Outputs are filled with a pattern first: all that should be written is compared, and
-// all that should not be written must still have the pattern.
+// Kernel and loop get the same inputs, rounded to bf16, so their results differ by the roundings of
+// sums and of the output only. Outputs are filled with a pattern first: each element that should be
+// written is compared, and all other bytes must still have the pattern.
 //
-// GEMMA_EMULATED=1: compiled for the CPU by tests/cuda_on_cpu.h. Then every kernel also runs with
-// its threads in other orders, and the bits must agree: a missing barrier shows.
+// The macro GEMMA_EMULATED means that gemma.cu is compiled for the CPU with tests/cuda_on_cpu.h.
+// Then every kernel also runs with its threads in other orders, and the bits must agree: a missing
+// barrier changes them.
 #include "../gemma.cu"
 
 #include <bit>
@@ -18,15 +19,15 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #ifdef __CUDACC__
-#define _AMXTILEINTRIN_H_INCLUDED  // g++ 13's, whose builtins nvcc 12.4 does not know
+#define _AMXTILEINTRIN_H_INCLUDED  // skips g++ 13's header, whose builtins nvcc 12.4 lacks
 #endif
 #include <immintrin.h>
 #endif
 
 #include "test.h"
 
-// The twins, in a namespace of their own: they have the kernels' names. What reference.cpp includes
-// has been included above, so that nothing but its own text lands here.
+// The CPU twins have the kernels' names, so they are put into a namespace of their own. All headers
+// of reference.cpp are already included above, so this include adds its own text only.
 namespace twin {
 namespace gemma {
 using namespace ::gemma;
@@ -40,13 +41,13 @@ using namespace gemma;
 #define GEMMA_EMULATED 0
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t guard = 0;  // ASan's own are better: they see reads too
+constexpr size_t guard = 0;  // ASan's own redzones also see reads
 #else
 constexpr size_t guard = 64;
 #endif
 constexpr bool emulated = GEMMA_EMULATED;
 
-// For loops over {T{..}, {..}}, of which nvcc 12.4 cannot tell the type.
+// For loops over {T{..}, {..}}: nvcc 12.4 cannot deduce the type.
 template <class T>
 using List = std::initializer_list<T>;
 
@@ -58,11 +59,11 @@ using List = std::initializer_list<T>;
 
 namespace {
 
-// [1] What the tests share -----------------------------------------------------------------------
+// [1] Shared by the tests ------------------------------------------------------------------------
 
-constexpr int pattern = 0xa5;  // of bytes that nobody has written
+constexpr int pattern = 0xa5;  // of unwritten bytes
 
-// Device memory with its contents, and a guard behind it.
+// Device memory with initial contents, and a guard region behind it.
 template <class T>
 class Array {
   public:
@@ -121,7 +122,8 @@ gemma::Stream new_stream() {
     return s;
 }
 
-// What run() gives, a vector; it must be the same bits in every order of the threads.
+// Returns the vector that run() returns, which must have the same bits in every order of the
+// threads.
 template <class Run>
 auto in_all_orders(Run run) {
     const auto result = run();
@@ -136,7 +138,7 @@ auto in_all_orders(Run run) {
     return result;
 }
 
-// The worst of many differences, each as a share of its own tolerance.
+// Collects the worst of many differences, each as a share of its own tolerance.
 class Margin {
   public:
     explicit Margin(std::string what) : name(std::move(what)) {}
@@ -148,7 +150,7 @@ class Margin {
     }
     void add(double got, double want, double tolerance) {
         const double error = std::abs(got - want);
-        if (!(error <= worst)) worst = error;  // a NaN stays
+        if (!(error <= worst)) worst = error;  // true for a NaN, which then stays
         const double part = error == 0 ? 0 : error / tolerance;
         if (!(part <= share)) share = part;
     }
@@ -158,7 +160,7 @@ class Margin {
     double worst = 0, share = 0;
 };
 
-// Half a unit in the last place, relative.
+// Half a unit in the last place, relative to the value.
 constexpr double half_bf16 = 0x1p-8, half_fp32 = 0x1p-24;
 
 bf16 to_bf16(double x) {  // round to nearest even
@@ -170,7 +172,8 @@ float value(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 struct Random {
     std::mt19937_64 engine;
     explicit Random(uint64_t seed) : engine(seed) {}
-    double uniform(double lo, double hi) {  // the same in every standard library
+    // std::uniform_real_distribution differs between standard libraries.
+    double uniform(double lo, double hi) {
         return lo + (hi - lo) * double(engine() >> 11) * 0x1p-53;
     }
     int below(int n) { return int(engine() % uint64_t(n)); }
@@ -192,7 +195,7 @@ struct Random {
 
 int rounded_up(int n, int to) { return ceil_div(n, to) * to; }
 
-// Rows of x in fragment order; rows behind N, up to `padded`, are NaN.
+// The N rows of x in fragment order; rows from N up to `padded` are NaN.
 std::vector<bf16> in_fragments(const bf16* x, int N, int K, int padded) {
     std::vector<bf16> out(size_t(padded) * size_t(K), bf16{0xffff});
     for (int n = 0; n < N; n++) {
@@ -217,7 +220,7 @@ TEST_CASE("fragment order is a permutation of [16n, K] that keeps pairs of k tog
                         apart += fragment(n, k + 1, K) != fragment(n, k, K) + 1;
                         apart += fragment(n, k, K) % 2;
                     }
-                    // Tiles of 16 tokens and blocks of 32 k stay together: 512 elements each.
+                    // The 512 elements of 16 tokens by 32 k are contiguous.
                     apart += fragment(n, k, K) / 512 != size_t(n / 16 * (K / 32) + k / 32);
                 }
             }
@@ -269,8 +272,9 @@ TEST_CASE("embed: rows of the table times sqrt(D), and the angles of all positio
             for (const Pool pool : pools) {
                 const float* row = all.data() + N * D + (int(pool) * N + n) * E;
                 for (int i = 0; i < E / 2; i++) {
-                    // The angle in fp32 is the definition. The turns are rounded to fp32, at most
-                    // 2^-25 of a half turn; then the sine's own error, 2 units in the last place.
+                    // The fp32 angle is exact by definition. The kernel turns it into half turns,
+                    // rounded to fp32 (at most 2^-25); the sine's own error is 2 units in the last
+                    // place.
                     const float angle =
                         float(positions[size_t(n)]) * frequencies[size_t(int(pool) * E / 2 + i)];
                     const double tolerance = 3.1416 * 0x1p-25 + 2 * 0x1p-24;
@@ -288,7 +292,7 @@ TEST_CASE("norm: with and without a branch in parts, all rows and chosen ones") 
     Margin margin_x("norm: x"), margin_h("norm: h");
     for (const int D : {32, 96, 128, 256, 1152, 5376}) {
         for (int count = 0; count <= 4; count++) {
-            // Chosen rows: of some tokens and some twice; h stays as it is.
+            // gather: only chosen rows, some of them twice; h must stay unchanged.
             for (const bool gather : {false, true}) {
                 INFO("D " << D << ", parts " << count << ", gather " << gather);
                 Random random(uint64_t(D * 10 + count * 2 + gather));
@@ -298,10 +302,10 @@ TEST_CASE("norm: with and without a branch in parts, all rows and chosen ones") 
                 const int N = gather ? int(chosen.size()) : rows, padded = rounded_up(N, 16);
                 const float eps = 1e-6f;
                 auto h = random.floats(size_t(rows * D), -3, 3);
-                for (int d = 0; d < D; d++) h[size_t(D + d)] *= 1e-3f;  // eps matters here
+                for (int d = 0; d < D; d++) h[size_t(D + d)] *= 1e-3f;  // so small that eps matters
                 auto parts = random.floats(size_t(count * rows * D));
                 for (size_t i = 0; i < parts.size(); i++)
-                    if (i / size_t(D) % rows == 7) parts[i] *= 1e-3f;  // and here, for the branch
+                    if (i / size_t(D) % rows == 7) parts[i] *= 1e-3f;  // the same for the branch
                 const auto post = random.bf16s(size_t(D)), pre = random.bf16s(size_t(D));
                 std::vector<float> h_after;
                 const auto x = in_all_orders([&] {
@@ -332,9 +336,10 @@ TEST_CASE("norm: with and without a branch in parts, all rows and chosen ones") 
                         }
                         squares += y[size_t(d)] * y[size_t(d)];
                     }
-                    // All squares are positive: the sum is off by the additions that one of them
-                    // goes through, 8 of its thread, 5 of its warp, up to 21 of the block; half of
-                    // it by the root; and some for the root, the quotient and the products.
+                    // Squares are positive, so the relative error of their sum is at most one
+                    // rounding for each addition that a square goes through: 8 in its thread, 5 in
+                    // its warp, up to 21 in the block. The root halves it. 6 more are for the root,
+                    // the quotient and the products.
                     const double roundings = (8 + 5 + 21) / 2. + 6;
                     double r = 1 / std::sqrt(squares / D + double(eps));
                     squares = 0;
@@ -345,8 +350,8 @@ TEST_CASE("norm: with and without a branch in parts, all rows and chosen ones") 
                                      add = count ? y[size_t(d)] * factor : 0;
                         const double now = before + add;
                         after[size_t(d)] = now;
-                        // The sum of parts is off too, by up to 4 roundings of their sizes, which
-                        // reaches the result directly and by the root.
+                        // The sum of the parts has up to 4 roundings too. They reach the result
+                        // twice: directly and through the root.
                         noise[size_t(d)] = (noise[size_t(d)] * std::abs(factor) * 2 +
                                             std::abs(add) * roundings + std::abs(now)) *
                                            half_fp32;
@@ -370,7 +375,7 @@ TEST_CASE("norm: with and without a branch in parts, all rows and chosen ones") 
                                          noise[size_t(d)] * std::abs(factor));
                     }
                 }
-                CHECK(same_bits(x, want_x));        // rows behind N keep the pattern
+                CHECK(same_bits(x, want_x));        // rows from N on keep the pattern
                 CHECK(same_bits(h_after, want_h));  // rows without a branch keep h
             }
         }
@@ -384,12 +389,12 @@ namespace {
 using LaunchLinear = void (*)(gemma::Stream&, const char*, double, const Product&, int);
 struct Variant {
     const char* name;
-    int columns;  // M must be a multiple
-    int tokens;   // of a tile of x, all of which it may read
+    int columns;  // M must be a multiple of it
+    int tokens;   // rows of a tile: it may read whole tiles of x
     LaunchLinear launch;
 };
-// Every instance that linear() chooses from for slices of so many steps, so that each is tested
-// whatever it prefers.
+// All instances that linear() can choose from for slices of STEPS steps, so that each is tested,
+// whichever linear() would choose.
 template <int STEPS>
 std::vector<Variant> variants_of() {
     constexpr int KB = STEPS % 3 ? 2 : 3, stages = KB == 3 ? 2 : 3;
@@ -426,7 +431,7 @@ struct Matrices {
         Random random(uint64_t(K * 1000 + M));
         x = random.bf16s(size_t(rows) * size_t(K));
         w = random.bf16s(size_t(M) * size_t(K));
-        // One row so large that GeGLU's exponential overflows and underflows.
+        // Row 5 is so large that GeGLU's exponential overflows and underflows.
         for (int k = 0; k < K && rows > 5; k++) {
             bf16& large = x[size_t(5) * size_t(K) + size_t(k)];
             large = to_bf16(value(large) * 64);
@@ -444,8 +449,9 @@ size_t bytes_of(Store store, int N, int M, int groups) {
     return size_t(rounded_up(N, 16)) * size_t(M) / 2 * 2;
 }
 
-// Rows `first`.. of y by a variant, or by linear(): what each row's elements are, whatever y's
-// layout, [N][groups][M] or [N][M/2]; else the pattern was touched, or there are bits of it.
+// Computes N rows of y, from row `first` on, with a variant or (null) with linear(). Returns the
+// bits of their elements row by row, [N][groups][M] or for GeGLU [N][M/2], whatever y's layout, and
+// checks that no other byte of y was written.
 std::vector<uint32_t> product(const Matrices& m, Store store, int groups, int first, int N,
                               const Variant* variant) {
     const int tokens = variant ? variant->tokens : 128;
@@ -483,12 +489,12 @@ std::vector<uint32_t> product(const Matrices& m, Store store, int groups, int fi
     return rows;
 }
 
-// y in double, and what its sums may be off by.
+// y in double, and how far the kernels' sums may be from it.
 //
-// A product of bf16s is exact in fp32. One goes through up to 16 additions in its mma, one in each
-// mma of its slice that follows, 2 a step, and one for each slice. Tensor cores cut off where
-// others round, so each may cost a whole unit in the last place of what has been summed, at most
-// the sum of absolutes.
+// A product of two bf16 is exact in fp32. It goes through up to 16 additions in its mma, one in
+// each later mma of its slice (2 a step), and one for each slice. Tensor cores truncate instead of
+// rounding, so each addition may be off by a whole unit in the last place of the sum so far, which
+// is at most the sum of the absolute products.
 struct Exact {
     std::vector<double> y, noise;  // [rows][groups][M]
     Exact(const Matrices& m, int groups) {
@@ -521,8 +527,8 @@ void check_product(Margin& margin, const std::vector<uint32_t>& got, const Exact
         } else if (store == Store::rows_bf16) {
             margin.add(v, e.y[i], e.noise[i] + std::abs(e.y[i]) * half_bf16);
         } else {
-            // gelu'(z) is below 1.13. The exponential's argument has 5 roundings, which matter as
-            // much as it is long, and not where the other term of 1 + e^-2u is all.
+            // gelu'(z) is below 1.13. The exponential's argument -2u has 5 roundings, so the error
+            // of e^-2u grows with |2u|; it counts only as far as e^-2u is a part of 1 + e^-2u.
             const double z = e.y[2 * i], up = e.y[2 * i + 1],
                          u = std::sqrt(2 / 3.14159265358979324) * (z + 0.044715 * z * z * z),
                          want = z / (1 + std::exp(-2 * u)) * up,
@@ -538,10 +544,11 @@ void check_product(Margin& margin, const std::vector<uint32_t>& got, const Exact
 
 }  // namespace
 
-TEST_CASE("linear: every instance gives the bits of each row alone, near those of exact sums") {
+TEST_CASE("linear: every instance gives each row the bits that it has alone, near exact sums") {
     NEED_DEVICE();
-    // K: of slices of one step (one, odd numbers, eleven), of 8, 9 and 10 steps, one or several;
-    // so many that they make four groups, or more than a block has warps. And a wide matrix.
+    // Values of K with slices of one step (1, 2, 3, 7 or 11 slices) and of 8, 9 and 10 steps (one
+    // slice or several); with so many slices that they form four groups, or more than a block has
+    // warps. The last is a wide matrix.
     struct Problem {
         int K, M, rows;
     };
@@ -553,8 +560,8 @@ TEST_CASE("linear: every instance gives the bits of each row alone, near those o
         Margin margin(std::string("linear: ") + name_of(store));
         for (const Problem& problem : problems) {
             const int K = problem.K, M = problem.M;
-            if (store == Store::geglu && M % 64) continue;  // [N, M/2] in fragment order
-            const bool large = M > 2048;                    // costs too much to do all
+            if (store == Store::geglu && M % 64) continue;  // [N, M/2] in fragment order needs it
+            const bool large = M > 2048;                    // one count only, for time
             if (large && store != Store::parts_fp32) continue;
             INFO(name_of(store) << ", K " << K << ", M " << M);
             const Matrices m(K, M, problem.rows);
@@ -573,7 +580,7 @@ TEST_CASE("linear: every instance gives the bits of each row alone, near those o
                 if (!begins_like_all(product(m, store, groups, n, 1, nullptr), n))
                     FAIL_CHECK("row " << n << " has other bits alone");
             }
-            // Instances see all counts in fp32, where a bit shows best.
+            // All numbers of tokens are tested with fp32 output only, which hides no bit.
             const std::vector<int> counts =
                 large ? std::vector<int>{129}
                 : store == Store::parts_fp32
@@ -601,21 +608,21 @@ TEST_CASE("linear: every instance gives the bits of each row alone, near those o
 
 namespace {
 
-// A sequence of T tokens, of which the first `known` come with K and V (from nowhere), the others
-// with what the matrices made of them.
+// A sequence of T tokens. The first `known` have random K and V; the others have a random qkv, from
+// which attention computes their K and V.
 struct Story {
     int E, H, G, window, known, T;
     float eps = 1e-6f, scale;
     std::vector<bf16> qkv;             // [T - known, (H + 2G) E]
     std::vector<float> cos_sin;        // [T - known, E]
     std::vector<bf16> q_norm, k_norm;  // [E]
-    std::vector<bf16> kv;              // [T][G][K, V][E]; of the first `known`, until others are
+    std::vector<bf16> kv;              // [T][G][K, V][E]; at first of `known` tokens only
 
     Story(int E_, int heads, int G_, int window_, int known_, int T_)
         : E(E_), H(heads * G_), G(G_), window(window_), known(known_), T(T_) {
         Random random(uint64_t(E * 1000003 + heads * 1009 + G * 101 + T));
         const auto tokens = size_t(T - known), width = size_t(E);
-        scale = 2 / std::sqrt(float(E));  // scores of some 2: neither flat nor all on one key
+        scale = 2 / std::sqrt(float(E));  // scores near 2: weights neither flat nor all on one key
         qkv = random.bf16s(tokens * size_t(H + 2 * G) * width, -2, 2);
         q_norm = random.bf16s(width, -0.5, 0.5), k_norm = random.bf16s(width, -0.5, 0.5);
         kv = random.bf16s(size_t(T) * size_t(G) * 2 * width, -1.7, 1.7);
@@ -628,7 +635,7 @@ struct Story {
             }
         }
     }
-    const bf16* head(int token, int h) const {  // of q; K's and V's follow
+    const bf16* head(int token, int h) const {  // of q; the heads of K and V follow
         return qkv.data() + (size_t(token - known) * size_t(H + 2 * G) + size_t(h)) * size_t(E);
     }
     bf16* key(int token, int g) {
@@ -637,17 +644,17 @@ struct Story {
     int oldest(int position) const { return std::max(0, position - window + 1); }
 };
 
-// One row of a step: tokens first .. first+count-1 of the story, whose earlier ones lie in pages.
-// count 0: a row that fills up a bucket, with a token but neither pages nor chunks.
+// One row of a step: tokens first .. first+count-1 of the story; earlier ones are in pages already.
+// count 0: a row that only fills a bucket, with a token but neither pages nor chunks.
 struct Part {
     int first, count;
 };
 
-constexpr int first_in_page = 1, layers_in_page = 2;  // ours is the second layer of a page
+constexpr int first_in_page = 1, layers_in_page = 2;  // the tests use the second layer of a page
 
-// The step's attention, rows in groups that begin at `cuts`: [N, H E]. Checks that all else stays
-// as it was. Pages lie anywhere; what no query may see is NaN: pages of nobody, pages that are not
-// there (-1), keys before the window, slots that are not written yet, the other layer.
+// One step's attention, [N, H E], with rows launched in groups that begin at `cuts`. Pages are in
+// random places. All that no query may read is NaN: pages of no row, the page -1, keys before the
+// window, slots that are not written yet, the other layer. Checks that nothing else was written.
 std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::vector<int> cuts,
                             bool learn) {
     const int E = story.E, H = story.H, G = story.G, R = int(parts.size());
@@ -686,7 +693,7 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
     Random(uint64_t(all_pages)).shuffle(ids);
     std::vector<PagePair> table(size_t(pages_per_row * R), PagePair{-1, -1});
     std::vector<bf16> before(size_t(all_pages) * stride, bf16{0xffff});
-    // Where token t's K (and V, transposed) lies for a row.
+    // The place of a page's K (V, transposed, follows) that holds token t of a row.
     const auto place = [&](int row, int t, int g) {
         const PagePair both = table[size_t(t / page_tokens * R + row)];
         return size_t(pool == global_pool ? both.global : both.local) * stride +
@@ -748,7 +755,8 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
         after = pages.read();
         return out_.read();
     };
-    const auto out = cuts.size() > 2 ? run() : in_all_orders(run);  // groups: order is no news
+    const auto out =
+        cuts.size() > 2 ? run() : in_all_orders(run);  // one group suffices for the orders
     auto want_pages = before;
     auto want_out = of_pattern<bf16>(out.size());
     std::vector<bf16> rows;
@@ -776,7 +784,7 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
     return rows;
 }
 
-// A head normed and turned, in double, and the sizes that its roundings are relative to.
+// A head after norm and RoPE, in double; `sizes` are what its roundings are relative to.
 std::vector<double> turned(const bf16* head, const bf16* weight, const float* cos_sin, int E,
                            double eps, std::vector<double>& sizes) {
     double squares = 0;
@@ -804,7 +812,7 @@ void check_against_softmax(Story& story, const std::vector<bf16>& out, Margin& m
         for (int g = 0; g < G; g++) {
             const auto k = turned(story.head(t, H + g), story.k_norm.data(), cos_sin, E,
                                   double(story.eps), sizes);
-            // E/32 + 5 additions of squares, halved by the root, and 8 operations.
+            // Roundings: E/32 + 5 additions of squares, halved by the root, and 8 operations.
             for (int d = 0; d < E; d++) {
                 margin_k.add(value(story.key(t, g)[d]), k[size_t(d)],
                              std::abs(k[size_t(d)]) * half_bf16 +
@@ -813,7 +821,7 @@ void check_against_softmax(Story& story, const std::vector<bf16>& out, Margin& m
             CHECK(std::memcmp(story.key(t, g) + E, story.head(t, H + G + g), size_t(E) * 2) == 0);
         }
         for (int h = 0; h < H; h++) {
-            // K and V as they lie in the pages, q rounded as they are.
+            // K and V are read from the pages, and q is rounded to bf16 as the kernel does.
             const int g = h / heads, lo = story.oldest(t);
             auto q =
                 turned(story.head(t, h), story.q_norm.data(), cos_sin, E, double(story.eps), sizes);
@@ -831,10 +839,11 @@ void check_against_softmax(Story& story, const std::vector<bf16>& out, Margin& m
                 size = std::max(size, absolute);
             }
             for (double& x : p) x = std::exp(x - top), total += x;
-            // A weight is rounded to bf16, before the sum and the product with V both: what is off
-            // is how far V is from the mean. So it is with scores: where q, in fp32, was almost
-            // half way between two bf16s it may have gone the other way, in 2 dims at most; and
-            // sums of absolutes have the roundings of their additions.
+            // Weights are rounded to bf16 before both the sum of weights and the product with V, so
+            // an error counts by how far V is from its mean. The same holds for an error of a
+            // score. A score is off if an element of q, computed in fp32, was almost halfway
+            // between two bf16 and was rounded the other way (assumed in at most 2 dims), and by
+            // the roundings of its additions.
             const double score_noise =
                 double(story.scale) *
                 (2 * 2 * half_bf16 * flip + (16 + E / 16.) * 2 * half_fp32 * size);
@@ -879,8 +888,8 @@ TEST_CASE("attention: near an exact softmax, and the same bits however tokens ar
         const auto whole = attention(story, {{c.known, c.T - c.known}}, {}, true);
         check_against_softmax(story, whole, margin_k, margin);
 
-        // Token after token, each a row that finds its past in pages. That the pages get the same
-        // bits is checked, so this is what one step after another does.
+        // One row for each token, whose earlier tokens are in pages already. attention() checks
+        // that each row writes the same bits to its pages, so this equals decoding step by step.
         std::vector<Part> parts;
         std::vector<int> edges = {0,  1,  31, 32,  33,  62,  63,      64,
                                   65, 95, 96, 127, 128, 129, c.T - 2, c.T - 1};
@@ -890,7 +899,8 @@ TEST_CASE("attention: near an exact softmax, and the same bits however tokens ar
         for (int t = c.known; t < c.T; t++) {
             if (c.E == 64 || std::count(edges.begin(), edges.end(), t)) parts.push_back({t, 1});
         }
-        // Among them the same in chunks of several sizes, at places that fit no page, and a filler.
+        // In the same step, the story once more in chunks of random sizes that do not end at page
+        // edges, and a row that only fills a bucket.
         Random random(uint64_t(c.T));
         for (int t = c.known; t < c.T;) {
             const int count = std::min(c.T - t, 1 + random.below(70));
@@ -907,7 +917,7 @@ TEST_CASE("attention: near an exact softmax, and the same bits however tokens ar
         CHECK(same_bits(attention(story, parts, {}, false), want));
         CHECK(same_bits(attention(story, parts, {0, 1, R / 3, R / 2, R - 1}, false), want));
 
-        // Alone.
+        // Single rows, each alone in its step.
         for (const Part& part : List<Part>{{c.T - 1, 1}, {(c.known + c.T) / 2, 1}, {c.T - 3, 2}}) {
             const auto alone = attention(story, {part}, {}, false);
             CHECK(std::equal(alone.begin(), alone.end(),
@@ -923,10 +933,10 @@ namespace {
 
 struct Sampled {
     std::vector<Result> results;
-    std::vector<float> logits;  // as they are after it
+    std::vector<float> logits;  // after the step
 };
 
-// As CudaModel::pack and step do. Or with hashes of the caller's.
+// Does what CudaModel::pack and step do for sampling. `hashes`, if given, replace those of seeds.
 Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
                          const std::vector<Output>& outputs,
                          const std::vector<uint64_t>& hashes = {}) {
@@ -949,7 +959,7 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
     }
     const auto count = outputs.size();
     Sampled sampled;
-    // Ids as bits, so that orders can be compared.
+    // Returns the ids, so that orders of the threads can be compared.
     in_all_orders([&] {
         const Array<float> logits_(logits);
         const Array<uint64_t> best(count * size_t(ceil_div(vocab, block_ids)));
@@ -990,7 +1000,8 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
     return sampled;
 }
 
-// Each output has its own logits; ids must be those of reference.cpp's sampler.
+// Samples, each output from its own row of logits; the ids must be those of reference.cpp's
+// sampler.
 Sampled check_ids(const std::vector<float>& logits, int V, int vocab,
                   const std::vector<Output>& outputs) {
     Config c{};
@@ -1016,7 +1027,8 @@ Output output(const Sampling& sampling, int index = 0) {
     return o;
 }
 
-// Logits of several kinds, [rows, V]. Filler, ids from vocab on, would win if it could.
+// Logits of several kinds, [rows, V]. Ids from vocab on have no text and must never be sampled;
+// their logits are the largest.
 enum class Kind { wide, flat, few_values, equal, holes, peaked, zeros, spikes };
 constexpr Kind kinds[] = {Kind::wide,  Kind::flat,   Kind::few_values, Kind::equal,
                           Kind::holes, Kind::peaked, Kind::zeros,      Kind::spikes};
@@ -1034,7 +1046,8 @@ std::vector<float> make_logits(Kind kind, int V, int vocab, size_t rows, uint64_
         if (kind == Kind::holes) z = id % 3 == 1 ? float(u * 2) : -INFINITY;
         if (kind == Kind::peaked) z = id % 500 == 7 ? float(u * 10000) : float(-20000 + u);
         if (kind == Kind::zeros) z = random.below(2) ? 0.f : random.below(2) ? -0.f : float(u);
-        if (kind == Kind::spikes) z = id % 256 == 3 ? 0.f : -200.f;  // one of weight in each block
+        if (kind == Kind::spikes)
+            z = id % 256 == 3 ? 0.f : -200.f;  // one id with weight in each block
         if (id >= vocab) z = 30000;
     }
     return logits;
@@ -1115,10 +1128,11 @@ TEST_CASE("sampling: hundreds of seeds draw what reference.cpp draws", "[slow]")
     }
 }
 
-// Equal weights of 2^40: total and draw are whole multiples, which no seed is likely to hit.
+// Four equal weights of 2^40: with these hashes the draw falls exactly on the edge between two ids,
+// which no seed is likely to do.
 TEST_CASE("sampling: a draw on the very edge between two ids takes the second") {
     NEED_DEVICE();
-    const int V = 4 * block_ids;  // four ids have weight, 3, 259, ..
+    const int V = 4 * block_ids;  // ids 3, 259, 515 and 771 have weight
     for (const Sampling& setting : List<Sampling>{{}, {.top_k = 4}, {.top_p = 0.99f}}) {
         std::vector<uint64_t> hashes;
         std::vector<int> want;
@@ -1146,7 +1160,7 @@ TEST_CASE("sampling: adjustments and allowed ids, and the raw logits come back")
                               i);
             o.sampling.seed = uint64_t(i);
             if (i % 2) {
-                // Many, of all kinds, each id once; more than a block has threads.
+                // Adjustments of all kinds on many ids, more than a block has threads.
                 std::vector<int> ids(static_cast<size_t>(vocab));
                 std::iota(ids.begin(), ids.end(), 0);
                 random.shuffle(ids);
@@ -1167,7 +1181,7 @@ TEST_CASE("sampling: adjustments and allowed ids, and the raw logits come back")
         }
         const auto logits = make_logits(Kind::wide, V, vocab, outputs.size(), 9);
         const Sampled sampled = check_ids(logits, V, vocab, outputs);
-        auto want = logits;  // raw, or adjusted where nobody needs them any more
+        auto want = logits;  // raw; adjusted where no logprobs are asked for
         Config c{};
         c.V = V, c.vocab = vocab;
         for (size_t i = 0; i < outputs.size() && !logprobs; i++) {
@@ -1180,7 +1194,8 @@ TEST_CASE("sampling: adjustments and allowed ids, and the raw logits come back")
     }
 }
 
-TEST_CASE("log softmax: near double, with exact ranks and likeliest ids, filler included") {
+TEST_CASE(
+    "log softmax: near double, with exact ranks and likeliest ids, ids without text included") {
     NEED_DEVICE();
     Margin margin("log softmax");
     for (const int V : {512, 2304, 1000}) {
@@ -1209,7 +1224,7 @@ TEST_CASE("log softmax: near double, with exact ranks and likeliest ids, filler 
                 const double top = *std::max_element(row, row + V);
                 double total = 0, noise = 0;
                 for (int id = 0; id < V; id++) {
-                    // The exponential's argument has two roundings, its polynomial 1e-7.
+                    // The exponential's argument has two roundings; its polynomial is off by 1e-7.
                     const double x = row[id] - top, weight = std::exp(x);
                     total += weight, noise += weight * (2 * half_fp32 * std::abs(x) + 1e-7);
                 }
@@ -1238,7 +1253,7 @@ TEST_CASE("log softmax: near double, with exact ranks and likeliest ids, filler 
 
 // [7] Launches -----------------------------------------------------------------------------------
 
-TEST_CASE("every launch of every size of the family is possible") {
+TEST_CASE("the launchers' preconditions hold for every size of the family") {
 #ifdef NDEBUG
     SKIP_BECAUSE("launchers assert nothing in this build");
 #endif
@@ -1255,7 +1270,8 @@ TEST_CASE("every launch of every size of the family is possible") {
             for (int N = 1; N <= 4096; N += N < 300 ? 1 : 379) {
                 INFO("D " << c.D << ", F " << c.F << ", N " << N);
                 gemma::Stream s;
-                s.only = "no kernel of this name";  // launchers assert, but nothing runs
+                // The launchers check their preconditions, but launch nothing.
+                s.only = "no kernel of this name";
                 s.processors = processors;
                 const int HE = c.H * c.E, GE = c.G * c.E;
                 Norm norms{};
