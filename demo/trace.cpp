@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// ./dev trace "PROMPT" ["PROMPT"...]: what a teacher points at. Runs the prompts together through
-// the production scheduler and the CPU engine, and prints each step's tokens, rows and pages, and
-// the five likeliest next tokens of every row. The prompt of the codelab is the default.
+// ./dev trace ["PROMPT"...]: shows what a step does. Runs the prompts together through the
+// production scheduler and the CPU engine. Prints each step's tokens, rows and pages, and the five
+// likeliest next tokens of every row. The default is the prompt of the codelab.
 //
-// TRACE_MODEL=DIR takes another model, TRACE_TOKENS=N another number of tokens (16).
+// $TRACE_MODEL is another model's directory, $TRACE_TOKENS the number of tokens to generate (16).
 #include <cmath>
 #include <cstdlib>
 #include <map>
@@ -58,7 +58,7 @@ int main(int argc, char** argv) try {
     const auto model = open_cpu(checkpoint);
     const int pages = 256;
     model->allocate_pages({pages, pages});
-    // A small budget, so that a long prompt shows its chunks.
+    // A small token budget, so that a long prompt is cut into chunks.
     Scheduler scheduler({8, 32, checkpoint.config.W, {pages, pages}});
 
     std::vector<std::string> prompts(argv + 1, argv + argc);
@@ -80,7 +80,7 @@ int main(int argc, char** argv) try {
         if (batch.tokens.empty()) break;
         std::printf("step %d: tokens %zu, rows %zu\n", step, batch.tokens.size(),
                     batch.row_start.size() - 1);
-        const Batch shown = batch;  // finish() moves on
+        const Batch shown = batch;  // finish() changes the scheduler's batch
         const Results results = model->step(batch);
         const auto news = scheduler.finish(results);
         for (size_t r = 0; r + 1 < shown.row_start.size(); r++) {

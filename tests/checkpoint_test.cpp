@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tests of checkpoint.cpp: every dialect of config.json, every layout of tensors, every refusal.
-// Each test makes its own tiny checkpoint on disk, so that one byte of it can be wrong.
+// Tests of checkpoint.cpp: every dialect of config.json, every layout of tensors, every refusal. A
+// test writes its own tiny checkpoint to disk, so that it can make a single byte wrong.
 #include "test.h"
 
 #include <sys/stat.h>
@@ -76,7 +76,7 @@ Entry random_entry(const std::vector<uint64_t>& shape, unsigned seed) {
     return entry;
 }
 
-// The text tensors, written out here a second time on purpose.
+// The text tensors. They repeat checkpoint.cpp's list on purpose: the test must not use that.
 Entries tiny_tensors(const std::string& prefix = "model.", int layers = L) {
     Entries all;
     unsigned seed = 1;
@@ -128,7 +128,7 @@ void write_tiny(const Directory& dir, const json& config, const Entries& entries
     dir.write("model.safetensors", safetensors(entries));
 }
 
-// What `run` throws. An empty string: it went well.
+// The message of the Error that `run` throws, or "".
 template <typename Function>
 std::string error_of(Function run) {
     try {
@@ -142,7 +142,7 @@ std::string error_of(const Directory& dir) {
     return error_of([&] { Checkpoint checkpoint(dir.string()); });
 }
 
-// One line, and every part of it.
+// The message is one line and contains every part.
 void check_message(const std::string& message, const std::vector<std::string>& parts) {
     CAPTURE(message);
     CHECK(message.find('\n') == std::string::npos);
@@ -189,7 +189,7 @@ void check_weights(const Checkpoint& c, const Entries& all, const std::string& p
     CHECK(c.bytes == bytes);
 }
 
-// The largest single allocation since the last reset, to see that no file can ask for more.
+// The largest single allocation since the last reset: no file may cause one larger than itself.
 std::atomic<size_t> largest = 0;
 
 void* counted(size_t size) {
@@ -225,7 +225,7 @@ Config config_of(const json& config, const json& generation = nullptr) {
     return read_config(dir.string());
 }
 
-// The hub's flat files spell everything out.
+// Flat configs on the hub, as of the 1B, spell out every field.
 json flat_config(int hidden, int ffn, int layers) {
     json c = R"({"architectures": ["Gemma3ForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "attn_logit_softcapping": null, "bos_token_id": 2,
@@ -243,7 +243,7 @@ json flat_config(int hidden, int ffn, int layers) {
     return c;
 }
 
-// Those of 4B and up are sparse and nested.
+// Configs of 4B and up are nested and leave out defaults.
 json nested_config(int hidden, int ffn, int layers, const json& more) {
     json c = R"({"architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
         "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
@@ -350,7 +350,8 @@ TEST_CASE("where the fields of a config come from") {
         c["rope_scaling"] = nullptr;
         c["rope_parameters"] = {{"full_attention", {{"rope_type", "linear"}, {"factor", 4.0}}},
                                 {"sliding_attention", {{"rope_type", "default"}}}};
-        CHECK(config_of(c).theta[global_pool] == 5e5f);  // transitional files
+        CHECK(config_of(c).theta[global_pool] ==
+              5e5f);  // as files of the transition to transformers 5
         CHECK(config_of(c).theta[local_pool] == 2e4f);
         CHECK(config_of(c).rope_divisor[global_pool] == 4);
         CHECK(config_of(c).rope_divisor[local_pool] == 1);
@@ -391,7 +392,7 @@ TEST_CASE("where the fields of a config come from") {
 
 TEST_CASE("a config that cannot be served is refused in one line") {
     struct Refusal {
-        const char* patch;               // of the tiny config
+        const char* patch;               // to the tiny config
         std::vector<std::string> parts;  // of the message
     };
     const Refusal refusals[] = {
@@ -673,7 +674,7 @@ TEST_CASE("the rules of safetensors") {
     const auto one = [&](const char* shape, const char* offsets, const char* dtype = "BF16") {
         return message("{" + entry("x", shape, offsets, dtype) + "}", 8);
     };
-    check_message(one("[4]", "[0,8]"), {"embed_tokens", "no such tensor"});  // x itself is right
+    check_message(one("[4]", "[0,8]"), {"embed_tokens", "no such tensor"});  // x itself is valid
     check_message(one("[5]", "[0,8]"), {"\"x\"", "[5]", "agree"});
     check_message(one("[4]", "[8,0]"), {"\"x\"", "[8,0]"});
     check_message(one("[8]", "[0,16]"), {"\"x\"", "[0,16]", "8 bytes"});
@@ -700,7 +701,7 @@ TEST_CASE("the rules of safetensors") {
         {"\"y\"", "2", "4"});  // an overlap
     check_message(
         message("{" + entry("x", "[2]", "[0,4]") + "," + entry("y", "[2]", "[0,4]") + "}", 4),
-        {"0", "4"});  // the same place
+        {"0", "4"});  // two tensors in the same place
     check_message(message("{" + entry("x", "[2]", "[2,6]") + "}", 6), {"\"x\"", "2", "0"});
     check_message(message("{" + entry("x", "[2]", "[0,4]") + "}", 6),
                   {"2 bytes after the last tensor"});
@@ -746,7 +747,7 @@ TEST_CASE("a truncated file is always refused") {
     for (size_t size = 0; size < 8 + header; size++) sizes.push_back(size);
     for (size_t i = 0; i < 100; i++)
         sizes.push_back(8 + header + (whole.size() - 9 - header) * i / 99);
-    for (auto size = sizes.rbegin(); size != sizes.rend(); ++size) {  // each shorter than the last
+    for (auto size = sizes.rbegin(); size != sizes.rend(); ++size) {  // from long to short
         fs::resize_file(file, *size);
         largest = 0;
         const std::string error = error_of(dir);
@@ -783,7 +784,7 @@ TEST_CASE("no flipped byte of a header crashes or takes memory") {
                 FAIL("no clear error, or more memory than the file has bytes");
             }
         }
-    // What may load: other words in __metadata__, or another kind of white space.
+    // A flipped bit may load if it changes a word in __metadata__ or the kind of a white space.
     std::printf("flipped bits of a header: %d refused, %d loaded\n", refused, loaded);
     CHECK(loaded < 200);
     CHECK(error_of(dir) == "");
@@ -793,7 +794,7 @@ TEST_CASE("no flipped byte of a header crashes or takes memory") {
 
 namespace {
 
-// An environment variable for the length of a scope.
+// Sets an environment variable until the end of the scope.
 struct Environment {
     std::string name, before;
     bool was_set;
@@ -837,7 +838,7 @@ TEST_CASE("a model is found as a directory or in the cache") {
     const auto now = fs::file_time_type::clock::now();
     fs::last_write_time(first, now);
     fs::last_write_time(second, now - std::chrono::hours(1));
-    CHECK(find_model(model) == first);  // no refs/main: the newest
+    CHECK(find_model(model) == first);  // without refs/main: the newest
     fs::last_write_time(second, now + std::chrono::hours(1));
     CHECK(find_model(model) == second);
     const std::string empty = root.string() + "/hf/hub/" + folder + "/snapshots/c3";
@@ -855,7 +856,7 @@ TEST_CASE("a model is found as a directory or in the cache") {
     check_message(error_of([&] { find_model(model); }), {root.string() + "/old/" + folder});
     const Environment cache2("HF_HUB_CACHE", root.string() + "/elsewhere");
     check_message(error_of([&] { find_model(model); }), {root.string() + "/elsewhere/" + folder});
-    CHECK(find_model(first) == first);  // a directory is itself
+    CHECK(find_model(first) == first);  // a directory is used as it is
 }
 
 TEST_CASE("what is no model is refused by what it is") {
@@ -867,7 +868,7 @@ TEST_CASE("what is no model is refused by what it is") {
     const auto message = [](const std::string& model, const std::vector<std::string>& parts) {
         const std::string error = error_of([&] { find_model(model); });
         check_message(error, parts);
-        CHECK(error.find("dev fetch") == std::string::npos);  // which would not help
+        CHECK(error.find("dev fetch") == std::string::npos);  // fetching would not help
     };
     message("NO-SUCH-DIR", {"NO-SUCH-DIR: found no such directory", "ORGANISATION/NAME"});
     message("./no/such", {"./no/such: found no such directory"});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tests of tools/fetch against the hub of hub.h: what it leaves in the cache, how it goes on after
-// a break, each refusal, and that the token is nowhere but at the hub.
+// Tests of tools/fetch against the fake hub of hub.h: the files it leaves in the cache, how it
+// resumes, each refusal, and that it gives the token to nobody but the hub.
 #include "test.h"
 
 #include "hub.h"
@@ -56,7 +56,7 @@ std::string random_bytes(size_t size, unsigned seed) {
     return bytes;
 }
 
-// A process and what it prints; it does not inherit this one's environment.
+// A process and its output. Its environment is `variables` only.
 class Process {
   public:
     Process(Strings words, const std::map<std::string, std::string>& variables,
@@ -94,14 +94,14 @@ class Process {
 
     void send(int signal) const { kill(pid, signal); }
 
-    // Whether stderr has, or gets, these words.
+    // Waits until stderr contains these words; false if it never does.
     bool says(const std::string& words) {
         std::unique_lock lock(mutex);
         const auto found = [&] { return err_text.find(words) != std::string::npos; };
         changed.wait_for(lock, std::chrono::seconds(100), [&] { return found() || ended == 2; });
         return found();
     }
-    // Its exit status, or 1000 and a signal's number. Children that live on may still print.
+    // The exit status, or 1000 + N for signal N. Children that still run may print more.
     int wait() {
         if (int raw; status < 0 && waitpid(pid, &raw, 0) == pid)
             status = WIFEXITED(raw) ? WEXITSTATUS(raw) : 1000 + WTERMSIG(raw);
@@ -129,7 +129,7 @@ class Process {
         ended++;
         changed.notify_all();
     }
-    std::string all(const std::string& text) {  // until nobody can write any more
+    std::string all(const std::string& text) {  // waits until both pipes are closed
         std::unique_lock lock(mutex);
         if (!changed.wait_for(lock, std::chrono::seconds(100), [&] { return ended == 2; }))
             throw std::runtime_error("somebody may still write: " + text);
@@ -141,7 +141,7 @@ class Process {
     std::mutex mutex;
     std::condition_variable changed;
     std::string out_text, err_text;
-    int ended = 0;  // of the two
+    int ended = 0;  // pipes that are closed, of the two
     std::vector<std::thread> readers;
 };
 
@@ -150,7 +150,7 @@ struct Result {
     std::string out, err;
 };
 
-// A hub with one model, and an empty cache.
+// A fake hub with one model, and an empty cache.
 struct World {
     Directory model, cache, tools;
     Hub hub{{{name, model.path}}, secret};
@@ -163,7 +163,7 @@ struct World {
         {"HF_TOKEN", secret}};
 
     World() {
-        fake("sleep", "");  // nobody gets better here by being left alone
+        fake("sleep", "");  // skips the waits before retries
         model.write("config.json", R"({"model_type": "gemma3_text"})");
         model.write("generation_config.json", R"({"top_k": 64})");
         model.write("tokenizer_config.json", "{}");
@@ -171,7 +171,7 @@ struct World {
         model.write("model.safetensors", random_bytes(large, 2));
     }
 
-    // A program that the script finds instead of the right one.
+    // Puts a stand-in for a program first on the script's PATH.
     void fake(const std::string& program, const std::string& commands) const {
         tools.write(program, "#!/bin/sh\n" + commands + "\n");
         fs::permissions(tools.path / program, fs::perms(0755));
@@ -193,12 +193,12 @@ struct World {
         return {status, p.out(), p.err()};
     }
     Result run(const Strings& arguments = {name}) { return end_of(*start(arguments)); }
-    // A run of a command of the shell, in which "$@" is tools/fetch and the model's name.
+    // Runs a shell command in which "$@" is tools/fetch and the model's name.
     Result shell(const std::string& command) {
         Process p({"bash", "-c", command, "bash", script, name}, variables);
         return end_of(p);
     }
-    // Files and links of the cache, without locks; relative to the model's folder.
+    // Files and links in the cache, except locks, relative to the model's folder.
     Strings left() const {
         Strings paths;
         if (fs::exists(folder()))
@@ -223,7 +223,7 @@ struct World {
     }
 };
 
-// One line that says "error:", with these words, and nothing on stdout.
+// Checks that stderr is one line with "error:" and these words, and stdout is empty.
 void check_error(const Result& r, const Strings& words) {
     INFO(r.err);
     CHECK(r.status == 1);
@@ -250,7 +250,7 @@ bool has(const std::string& text, const std::string& words) {
     return text.find(words) != std::string::npos;
 }
 
-Strings gets(Hub& hub) {  // "FILE RANGE" of what was downloaded since the last call
+Strings gets(Hub& hub) {  // "FILE RANGE" of each download since the last call
     Strings all;
     for (const auto& r : hub.requests())
         if (r.method == "GET")
@@ -262,7 +262,7 @@ Strings gets(Hub& hub) {  // "FILE RANGE" of what was downloaded since the last 
 
 }  // namespace
 
-// [2] What it leaves ------------------------------------------------------------------------------
+// [2] The cache -----------------------------------------------------------------------------------
 
 TEST_CASE("the cache is laid out as the hub's own client does") {
     World world;
@@ -283,7 +283,7 @@ TEST_CASE("the cache is laid out as the hub's own client does") {
     CHECK(world.etag("config.json").size() == 40);
     CHECK(world.etag("model.safetensors").size() == 64);
     CHECK(read_file(world.folder() / "refs/main") == commit);
-    // Everybody may read it, and only its owner write.
+    // All may read the cache; only the owner may write.
     for (const auto& entry : fs::recursive_directory_iterator(world.folder())) {
         if (entry.is_symlink()) continue;
         INFO(entry.path());
@@ -292,7 +292,7 @@ TEST_CASE("the cache is laid out as the hub's own client does") {
     }
     // The hub gets the token with each request, the CDN never.
     for (const auto& r : world.hub.requests()) CHECK(r.authorized == (r.server == "hub"));
-    // Without a terminal the progress is lines, and no more than eleven.
+    // Without a terminal progress is printed as lines, at most eleven.
     CHECK(has(first.err, "  100 %: 1.0 MB of 1.0 MB\n"));
     CHECK(!has(first.err, "\r"));
 
@@ -369,7 +369,7 @@ TEST_CASE("shards are those that the index names") {
         CHECK(world.run({"--have", name}).status == 1);
         world.hub.requests();
         check_success(world.run(), world);
-        CHECK(gets(world.hub).empty());  // the blob was there
+        CHECK(gets(world.hub).empty());  // the blob was there already
         CHECK(fs::exists(world.snapshot() / shards[1]));
     }
     SECTION("one is missing at the hub") {
@@ -466,7 +466,7 @@ TEST_CASE("--have prints the directory of a whole model, or nothing") {
         fs::create_symlink(to, link);
     }
     CHECK(world.run({"--have", name}).status == 0);
-    // Without refs/main: the newest that has a config.json.
+    // Without refs/main the newest snapshot that has a config.json counts.
     fs::remove(world.folder() / "refs/main");
     const std::string other = "snapshots/" + std::string(40, 'b');
     fs::create_directories(world.folder() / other);
@@ -475,10 +475,11 @@ TEST_CASE("--have prints the directory of a whole model, or nothing") {
     CHECK(world.run({"--have", name}).out == world.snapshot().string() + "\n");
     std::ofstream(world.folder() / other / "config.json") << "{}";
     fs::last_write_time(world.folder() / other, later);
-    CHECK(world.run({"--have", name}).status == 1);  // that is what the server would take
+    CHECK(world.run({"--have", name}).status ==
+          1);  // the server would take this one, and it is not whole
 }
 
-// [3] Breaks --------------------------------------------------------------------------------------
+// [3] Interruptions -------------------------------------------------------------------------------
 
 TEST_CASE("a download that broke off goes on where it was") {
     World world;
@@ -551,7 +552,7 @@ TEST_CASE("a download that broke off goes on where it was") {
     }
 }
 
-TEST_CASE("who stops it can go on") {
+TEST_CASE("a download that was stopped can be resumed") {
     World world;
     world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
     const auto first = world.start();
@@ -569,7 +570,7 @@ TEST_CASE("who stops it can go on") {
         free_again();
         const Result r = World::end_of(*second);
         check_success(r, world);
-        CHECK(!has(r.err, "another download"));  // nobody was left who held the lock
+        CHECK(!has(r.err, "another download"));  // the stopped run does not hold the lock
         CHECK(has(first->err(), "stopped"));
         const Strings all = gets(world.hub);
         REQUIRE(all.size() == 1);
@@ -585,7 +586,7 @@ TEST_CASE("who stops it can go on") {
     }
 }
 
-TEST_CASE("two at once do not harm each other") {
+TEST_CASE("two downloads of one model at once do not harm each other") {
     World world;
     world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
     const auto first = world.start();
@@ -612,7 +613,7 @@ TEST_CASE("wrong bytes are removed, and no snapshot has them") {
         fs::remove_all(world.folder());
     }
     world.hub.change([](Hub::Faults& f) { f.wrong = ""; });
-    // What others left: of the right length, and longer than the file is.
+    // Partial files of other programs, of the file's length and longer.
     for (const size_t size : {large, large + 1}) {
         fs::create_directories(world.folder() / "blobs");
         std::ofstream(world.part("model.safetensors")) << std::string(size, 'x');
@@ -681,7 +682,7 @@ TEST_CASE("the hub refuses") {
     SECTION("words that would move the cursor are not printed") {
         world.hub.change([](Hub::Faults& f) { f.hub = {400, "", "a\x1b[2Jb"}; });
         const Result r = world.run();
-        check_error(r, {"400"});  // Debian 13's httplib does not even send them
+        check_error(r, {"400"});  // Debian 13's httplib refuses to send them
         CHECK(!has(r.err, "\x1b"));
     }
     CHECK(!fs::exists(world.snapshot().parent_path() / "config.json"));
@@ -733,7 +734,7 @@ TEST_CASE("no space") {
         world.fake("df", "printf 'Avail\\n" + free + "\\n'");
     };
     SECTION("is seen before the download") {
-        fake_df("1004999");  // 30 bytes and more too few: of the other files
+        fake_df("1004999");  // some bytes too few, with the small files
         check_error(world.run(), {"no space", "1.0 MB are to come", "blobs has 1.0 MB free"});
         CHECK(gets(world.hub).empty());
     }
@@ -771,7 +772,7 @@ TEST_CASE("no space") {
     }
 }
 
-TEST_CASE("names that are none are refused before anybody is asked") {
+TEST_CASE("an invalid name is refused before anything is requested") {
     World world;
     for (const std::string bad :
          {"", "model", "a/b/c", "../x", "a/..", "a/b..c", "/a", "a/", "a b/c", "a/b\n", "a/b?c",
@@ -804,7 +805,7 @@ TEST_CASE("names that are none are refused before anybody is asked") {
 
 namespace {
 
-// Arguments of all processes that this user may see.
+// The command lines of all processes that this user may see.
 Strings command_lines() {
     Strings all;
     for (const auto& entry : fs::directory_iterator("/proc")) {
@@ -820,7 +821,7 @@ Strings command_lines() {
 TEST_CASE("the token is in no argument, no file, no output") {
     World world;
     world.hub.change([](Hub::Faults& f) { f.hold = 400'000; });
-    // A user's own settings would have curl print what it sends.
+    // A user's .curlrc could make curl print the headers that it sends.
     std::ofstream(world.cache.path / ".curlrc") << "verbose\ntrace-ascii = -\n";
     Process p({"bash", "-ax", script, name}, world.variables);
     REQUIRE(world.hub.wait_for_hold());
@@ -830,7 +831,7 @@ TEST_CASE("the token is in no argument, no file, no output") {
         seen |= has(line, "curl") && has(line, world.cache.path.string());
     }
     CHECK(seen);
-    // curl needs no token in its environment either.
+    // The token is not in curl's environment either.
     for (const auto& entry : fs::directory_iterator("/proc")) {
         if (!std::isdigit(entry.path().filename().string()[0])) continue;
         std::ifstream of(entry.path() / "cmdline"), in(entry.path() / "environ", std::ios::binary);
@@ -891,7 +892,7 @@ TEST_CASE("on a terminal there is one bar") {
     world.hub.change([](Hub::Faults& f) { f.hold = 500'000; });
     const auto p = world.start({name}, true);
     REQUIRE(world.hub.wait_for_hold());
-    CHECK(p->says("[###"));  // drawn while it waits
+    CHECK(p->says("[###"));  // the bar is drawn while the download waits
     world.hub.change([](Hub::Faults& f) { f.hold = 0; });
     const Result r = World::end_of(*p);
     check_success(r, world);

@@ -212,7 +212,7 @@ struct Rate {
 Rate decode(const Setup& s, int batch, int context, const Sampling& sampling) {
     constexpr int warm = 8, half = 32;
     Scheduler scheduler(s.limits());
-    // Rows whose prefill is done first decode while others are in prefill, so contexts differ a bit.
+    // Rows whose prefill is done first decode while others are in prefill, so contexts differ.
     add_prompts(s, scheduler, batch, context - warm - half, unending, sampling);
     until_decode(s, scheduler, batch);
     const auto steps = [&](int count) {

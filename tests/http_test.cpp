@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// http_test.cpp: the server as its clients see it. Spawns the real program and talks HTTP to it.
+// http_test.cpp: the server as clients see it. Starts the real program and talks HTTP to it.
 //
-//   [1] Shapes       which keys, in which order
-//   [2] Streams      the same answer in pieces
+//   [1] Shapes       the keys of answers and their order
+//   [2] Streams      equal to the whole answer, in pieces
 //   [3] Stopping     finish reasons, stop strings
 //   [4] Sampling     logprobs, seeds, ranges
-//   [5] Refusals     one envelope, the words that clients search for
+//   [5] Refusals     one shape of error, and vLLM's words, which clients search for
 //   [6] Other routes
-//   [7] Crowds       many at once, and those who leave
-//   [8] Life         flags, loading, SIGTERM
+//   [7] Crowds       many clients at once, and clients that leave
+//   [8] Lifecycle    flags, loading, SIGTERM
 //
-// [http] holds for any model behind the server, [demo] needs the demo model's own text.
+// A case tagged [http] holds for any model behind the server; [demo] needs the demo model's text.
 #include "client.h"
 
 #include <atomic>
@@ -31,7 +31,7 @@ TEST_CASE("the codelab's request has the codelab's answer, key for key", "[http]
     REQUIRE(reply.status == 200);
     CHECK(reply.header("Content-Type") == "application/json");
     json body = reply.parsed();
-    CHECK(reply.body == write(body));  // compact, nothing escaped, nothing behind
+    CHECK(reply.body == write(body));  // compact, nothing escaped, no newline at the end
     const std::string id = body["id"], hex = "0123456789abcdef";
     CHECK(id.size() == std::strlen("cmpl-") + 32);
     CHECK(id.find_first_not_of(hex, std::strlen("cmpl-")) == std::string::npos);
@@ -132,7 +132,7 @@ TEST_CASE("streamed and whole answers are equal", "[http]") {
     }
 }
 
-TEST_CASE("stream_options decide who hears of usage", "[http]") {
+TEST_CASE("stream_options decide which chunks have usage", "[http]") {
     const auto request = [](const std::string& path, const char* options) {
         return with(base(path), {{"max_tokens", 3},
                                  {"seed", 1},
@@ -171,14 +171,15 @@ TEST_CASE("a client that accepts gzip gets each token as it is made", "[http]") 
                              });
     CHECK(read_events(reply).events.size() == 400);
     CHECK(reply.header("Content-Encoding") == "");
-    CHECK(first - start < (Clock::now() - start) / 2);  // no clock's time: its place in the stream
+    CHECK(first - start <
+          (Clock::now() - start) / 2);  // relative, so independent of the machine's speed
 }
 
 // [3] Stopping ------------------------------------------------------------------------------------
 
 namespace {
 
-// A text of 40 tokens, its tokens, and the number of them after which `stop` is complete.
+// A text of 40 tokens, those tokens, and the number of tokens that make `stop` complete.
 struct Sample {
     json fields{{"max_tokens", 40}, {"seed", 3}, {"ignore_eos", true}, {"logprobs", 0}};
     json answer = complete(fields);
@@ -188,7 +189,7 @@ struct Sample {
     int completed_by(const std::string& stop) const {
         std::string all;
         for (size_t i = 0; i < tokens.size(); i++) {
-            const std::string token = tokens[i];  // control tokens have names, but no text
+            const std::string token = tokens[i];  // control tokens are named here, but show no text
             if (token != "<eos>" && token != "<end_of_turn>") all += token;
             if (all.find(stop) != std::string::npos) return int(i) + 1;
         }
@@ -233,7 +234,7 @@ TEST_CASE("stop strings: a string, the first of many, none that never comes", "[
                              json(sample.text.substr(sample.text.size() - 4) + "\x01")}) {
         const json fields = with(sample.fields, {{"stop", stop}});
         const json choice = complete(fields)["choices"][0];
-        CHECK(text_of(choice) == sample.text);  // what was held back came after all
+        CHECK(text_of(choice) == sample.text);  // held-back text is released
         CHECK(choice["finish_reason"] == "length");
         CHECK(choice["stop_reason"].is_null());
         CHECK(merged(stream(completions, fields), 1)[0]["text"] == sample.text);
@@ -254,7 +255,8 @@ TEST_CASE("max_tokens, and max_completion_tokens before it", "[http]") {
     CHECK(count(completions, {}) == 16);
     CHECK(count(completions, {{"max_tokens", nullptr}}) == 16);
     CHECK(count(completions, {{"max_tokens", 1}}) == 1);
-    CHECK(count(completions, {{"max_tokens", "7"}}) == 7);  // as pydantic reads numbers
+    CHECK(count(completions, {{"max_tokens", "7"}}) ==
+          7);  // vLLM (pydantic) reads such strings as numbers
     CHECK(count(completions, {{"max_tokens", 7.0}}) == 7);
     CHECK(count(chat, {{"max_tokens", 9}}) == 9);
     CHECK(count(chat, {{"max_completion_tokens", 8}}) == 8);
@@ -305,9 +307,9 @@ TEST_CASE("logprobs of a completion: four lists of one length", "[http]") {
                                            [](char c) { return (c & 0xc0) != 0x80; }));
             CHECK((logprob <= 0 && logprob >= -9999));
             const json& top = lists["top_logprobs"][i];
-            CHECK(keys(top)[0] == token);               // the sampled one stands first
-            CHECK(top[token] == logprob);               // and is the identical number
-            CHECK(top.size() >= (k == 0 ? 1 : k / 2));  // two pieces may share their text
+            CHECK(keys(top)[0] == token);               // the sampled token is first
+            CHECK(top[token] == logprob);               // with the same number
+            CHECK(top.size() >= (k == 0 ? 1 : k / 2));  // pieces may share a text
             CHECK(top.size() <= k + 1);
         }
     }
@@ -369,7 +371,8 @@ TEST_CASE("greedy answers and seeds repeat; choice i has the seed plus i", "[htt
             CHECK(text_of(crowd["choices"][size_t(i)]) == first_text(alone));
         }
     }
-    const json large{{"seed", INT64_MAX - 1}, {"max_tokens", 8}};  // more bits than a double has
+    const json large{{"seed", INT64_MAX - 1},
+                     {"max_tokens", 8}};  // needs more bits than a double's mantissa
     CHECK(first_text(complete(large)) == first_text(complete(large)));
 }
 
@@ -420,13 +423,13 @@ TEST_CASE("byte pieces never make invalid UTF-8", "[demo]") {
     for (const std::string& path : {completions, chat}) {
         const json fields{{"n", 100},   {"seed", 1},        {"temperature", 2},  {"top_k", 0},
                           {"top_p", 1}, {"max_tokens", 24}, {"ignore_eos", true}};
-        const json whole = ask(path, fields);  // parsing refuses what is not UTF-8
+        const json whole = ask(path, fields);  // the JSON parser throws on invalid UTF-8
         const Stream s = stream(path, fields);
         CHECK(merged(s, 100) == comparable(whole));
         for (const json& c : whole["choices"])
             replaced += text_of(c).find("\uFFFD") != std::string::npos;
     }
-    CHECK(replaced > 0);  // else no byte piece was drawn, and nothing was tested
+    CHECK(replaced > 0);  // byte pieces were drawn
 }
 
 TEST_CASE("the demo says something", "[demo]") {
@@ -514,7 +517,7 @@ TEST_CASE("what is not offered is refused, unless it changes nothing", "[http]")
 }
 
 TEST_CASE("bodies that are no request", "[http]") {
-    const auto nested = [](size_t levels) {  // as many with the body's own
+    const auto nested = [](size_t levels) {  // the body itself is the first level
         return "{\"x\":" + std::string(levels - 1, '[') + "1" + std::string(levels - 1, ']') +
                ",\"prompt\":\"a\",\"max_tokens\":1}";
     };
@@ -647,7 +650,7 @@ TEST_CASE("tokenize and detokenize", "[http]") {
     const json open = ids(said), closed = ids(with(said, {{"add_generation_prompt", false}}));
     CHECK(open.size() > closed.size());
     CHECK(std::equal(closed.begin(), closed.end(), open.begin()));
-    CHECK(std::count(open.begin(), open.end(), json(2)) == 1);  // the template's own <bos>
+    CHECK(std::count(open.begin(), open.end(), json(2)) == 1);  // only the template's <bos>
     const json doubled = ids(with(said, {{"add_special_tokens", true}}));
     CHECK(doubled.size() == open.size() + 1);
     CHECK(ask(chat, with(said, {{"max_tokens", 1}}))["usage"]["prompt_tokens"] == open.size());
@@ -697,7 +700,7 @@ TEST_CASE("roles must alternate, in vLLM's words", "[http]") {
 
 namespace {
 
-// `count` streams at once, of different prompts and lengths: each must equal its own run alone.
+// Runs `count` streams at once, of different prompts and lengths: each must equal its run alone.
 void check_crowd(size_t count, int port) {
     const auto path = [](size_t i) { return i % 2 ? chat : completions; };
     const auto body = [&](size_t i) {
@@ -728,7 +731,7 @@ TEST_CASE("16 streams in pools that are far too small equal their runs alone", "
 }
 
 TEST_CASE("who leaves frees the place", "[http]") {
-    // One row and one request that would take it for hours.
+    // max_num_seqs is 1, and the first request would run for hours.
     Server narrow({"--max-num-seqs", "1"}, {"GEMMA_FAKE_STEP_MS=2"});
     json endless =
         with(base(completions),
@@ -748,10 +751,10 @@ TEST_CASE("who leaves frees the place", "[http]") {
     CHECK(get("/health", narrow.port).status == 200);
 }
 
-// [8] Life ----------------------------------------------------------------------------------------
+// [8] Lifecycle -----------------------------------------------------------------------------------
 
 TEST_CASE("flags that end the program say why", "[http]") {
-    // Flags behind the model, a variable, the exit status, words.
+    // Each row: the flags after the model, a variable, the exit status, words of the message.
     const json table = json::parse(R"([
         [["--help"], "", 0, ["gemma-server [MODEL]", "--max-model-len", "- or _"]],
         [["--no-such-flag", "1"], "", 1, ["--no-such-flag is not a flag", "--max-num-seqs"]],
@@ -811,7 +814,7 @@ TEST_CASE("flags and variables that take effect", "[http]") {
         Server s(row[0].get<Strings>(), {row[1]});
         CHECK(get("/v1/models", s.port).parsed()["data"][0]["max_model_len"] == row[2]);
     }
-    // The codelab's launch line, with $PORT.
+    // The codelab's command line, with $PORT.
     const int port = free_port();
     Child child({"--model", demo, "--host", "127.0.0.1", "--gpu-memory-utilization", "0.90",
                  "--device", "cpu"},
@@ -857,7 +860,7 @@ TEST_CASE("a port that is taken is an error", "[http]") {
 }
 
 TEST_CASE("while loading: unhealthy, and gone at once when asked", "[http]") {
-    // A cache whose refs/main is a FIFO: the server waits for its writer.
+    // refs/main in the cache is a FIFO that nothing writes: loading blocks on it.
     std::string folder = (std::filesystem::temp_directory_path() / "gemma-http-XXXXXX").string();
     REQUIRE(mkdtemp(folder.data()));
     const auto refs = std::filesystem::path(folder) / "hub/models--a--b/refs";
@@ -870,7 +873,7 @@ TEST_CASE("while loading: unhealthy, and gone at once when asked", "[http]") {
     CHECK(get("/health", port).status == 503);
     CHECK(get("/version", port).status == 200);
     Raw early(port);
-    early.write(raw_post(completions, base(completions)));  // waits, and is not answered
+    early.write(raw_post(completions, base(completions)));  // waits for the model; gets no answer
     child.terminate();
     CHECK(child.exit_status() == 0);
     CHECK(child.log().find("ready in") == std::string::npos);
@@ -929,7 +932,7 @@ TEST_CASE("SIGTERM: new work is refused, old work is cut after 8 s", "[http]") {
     const std::string& body = whole.read_until("\r\n0\r\n\r\n");
     const size_t start = body.find('{'), end = body.rfind('}');
     REQUIRE(end != std::string::npos);
-    std::string joined;  // the chunks' own lines lie between
+    std::string joined;  // the answer, with the lines between its chunks
     for (size_t at = start; at <= end; at++) joined += body[at];
     CHECK(joined.find(R"("finish_reason":"abort")") != std::string::npos);
     CHECK(joined.find(R"("usage":)") != std::string::npos);
@@ -959,7 +962,7 @@ TEST_CASE("SIGTERM is not held up by half a request", "[http]") {
         REQUIRE(get("/health", s.port).status == 200);
         s.terminate();
         std::atomic<bool> gone = false;
-        std::thread slow([&] {  // a byte now and then: no read ever times out
+        std::thread slow([&] {  // slowly, so that no read times out
             while (drips && !gone && half.write("x")) std::this_thread::sleep_for(300ms);
         });
         const int status = s.exit_status();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// log_test.cpp: what the server's log says, to people and to Cloud Logging, and what it never says.
+// log_test.cpp: the server's log for people and for Cloud Logging, and what must never be in it.
 #include "client.h"
 
 namespace {
 
 const Strings cloud{"K_SERVICE=gemma", "GOOGLE_CLOUD_PROJECT=some-project"};
 
-// A server whose log is JSON, ready.
+// A ready server that logs JSON.
 struct CloudServer : Child {
     int port = 0;
     explicit CloudServer(const Strings& flags = {}, const Strings& variables = cloud)
@@ -18,7 +18,7 @@ struct CloudServer : Child {
     }
     ~CloudServer() { terminate(); }
 
-    // Every line so far, parsed; a line that is no JSON object throws.
+    // All lines so far, parsed; throws if a line is not JSON.
     std::vector<json> entries() {
         std::vector<json> all;
         const std::string whole = log();
@@ -26,11 +26,11 @@ struct CloudServer : Child {
             all.push_back(json::parse(whole.substr(at, end - at)));
         return all;
     }
-    // The line of the generation with this X-Request-Id; waits for it.
+    // Waits for the line of the generation with this X-Request-Id, and ends the server.
     json generation(const std::string& id) {
         REQUIRE(says(id));
         REQUIRE(says(id + "\""));
-        terminate();  // its line is whole then
+        terminate();  // then the line is complete
         exit_status();
         for (const json& entry : entries()) {
             if (entry.value("id", "").ends_with(id)) return entry;
@@ -93,7 +93,7 @@ TEST_CASE("choices that end for different reasons are all named", "[demo]") {
     CHECK(line["completion_tokens"] == answer["usage"]["completion_tokens"]);
 }
 
-TEST_CASE("a trace is Cloud Trace's name of it, from either header", "[http]") {
+TEST_CASE("a trace is logged by Cloud Trace's name for it, from either header", "[http]") {
     const std::string trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     const std::string name = "projects/some-project/traces/" + trace;
     const std::vector<std::pair<httplib::Headers, std::string>> table{
@@ -138,7 +138,7 @@ TEST_CASE("the project's name comes from the metadata server where no variable h
             std::unique_lock lock(mutex);
             CHECK(changed.wait_for(lock, patience, [&] { return asked > 0; }));
         }
-        // The server knows the name soon after the answer was sent to it.
+        // The server needs a moment to use the name that the metadata server has sent.
         const auto until = Clock::now() + patience;
         const std::string trace = "4bf92f3577b34da6a3ce929d0e0e4736";
         while (Clock::now() < until &&
@@ -152,7 +152,8 @@ TEST_CASE("the project's name comes from the metadata server where no variable h
 }
 
 TEST_CASE("without a project's name there is no trace", "[http]") {
-    CloudServer s({}, {"K_SERVICE=gemma", "GCE_METADATA_HOST=127.0.0.1:1"});  // nobody listens
+    CloudServer s({},
+                  {"K_SERVICE=gemma", "GCE_METADATA_HOST=127.0.0.1:1"});  // nothing listens there
     const std::string trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     const httplib::Headers header{{"X-Cloud-Trace-Context", trace + "/1"}};
     REQUIRE(ask_as("t", s.port, short_text, header).status == 200);
@@ -208,7 +209,7 @@ TEST_CASE("no prompt, answer or key is in the log", "[http]") {
         CHECK(log.find("an API key guards") != std::string::npos);
         size_t lines = 0;
         for (size_t at = 0; (at = log.find("generation", at)) != std::string::npos; at++) lines++;
-        CHECK(lines == 4);  // the wrong key did not get as far
+        CHECK(lines == 4);  // the request with a wrong key has no line
     }
 }
 

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// scheduler_test.cpp: every token once, from the right pages, whatever runs beside it.
+// scheduler_test.cpp: every token is computed once and from the right pages, whatever runs beside
+// it.
 //
-//   [1] A model of a few lines: the next id is a hash of what the row may see
-//   [2] Machine: pages in memory, and every rule of a Batch checked at every step
-//   [3] Scripts: what runs in which step, as a table
-//   [4] Windows, limits, ends, leaving
-//   [5] Logprobs of prompts, penalties, masks
-//   [6] Crowds: too few pages, and chance
+//   [1] A model of a few lines: the next id is a hash of the tokens that the row may see
+//   [2] Machine: pages in memory, and every rule of a Batch checked in every step
+//   [3] Scripts: tables of the rows that each step must have
+//   [4] Windows, limits, stops, cancellation
+//   [5] Prompt logprobs, penalties, masks
+//   [6] Crowds: too few pages, and random sequences
 //
-// Machine is where most bugs are found. It remembers what was written to each place of each page,
-// lets a row see nothing else, and compares every token with a run that had all to itself.
+// Machine finds most bugs. It remembers which token was written to each place of each page, lets a
+// row see nothing else, and compares every token with that of the same sequence run alone.
 #include "tests/test.h"
 
 #include <algorithm>
@@ -42,35 +43,35 @@ namespace {
 
 // [1] A model of a few lines ----------------------------------------------------------------------
 
-constexpr int vocabulary = 50;  // small, so that stop ids turn up by themselves
+constexpr int vocabulary = 50;  // small, so that stop ids occur by chance
 
 uint64_t mix(uint64_t hash, int x) {
     hash = (hash ^ uint64_t(x + 1)) * 0x9e3779b97f4a7c15;
     return hash ^ hash >> 29;
 }
 
-// As a model's, it depends on the order of all that is seen, in the window a second time, and for
-// sampling on the seed and on how many tokens were drawn before.
 uint64_t mix(uint64_t hash, const Ids& ids) {
     for (const int id : ids) hash = mix(hash, id);
     return hash;
 }
 
+// Like a model's, the next id depends on all tokens (global layers) and on those in the window
+// (local layers), in order; and like a sampled one on the seed and the number of tokens drawn.
 int next_id(const Ids& all, const Ids& window, uint64_t seed, int index) {
     return int((mix(mix(mix(seed, all), window), index) >> 32) % vocabulary);
 }
 
-float logprob_of(int id, const Ids& all, const Ids& window) {  // 24 bits, so that none is lost
+float logprob_of(int id, const Ids& all, const Ids& window) {  // 24 bits: exact in a float
     return -float(mix(mix(mix(5, all), window), id) >> 40);
 }
 
 struct Answer {
     Ids ids;
     Finish finish = Finish::none;
-    std::vector<float> scores = {};  // the logprobs of the prompt, from its second token on
+    std::vector<float> scores = {};  // prompt_logprobs, from the second token on
 };
 
-// What a sequence must get: the run without pages, batches or neighbours.
+// The answer that a sequence must get, computed without pages, batches or neighbours.
 Answer undisturbed(const Sequence& s, int window) {
     Answer answer;
     Ids all;
@@ -94,7 +95,7 @@ Answer undisturbed(const Sequence& s, int window) {
     return answer;
 }
 
-// `count` ids about `topic`: two topics differ from their first page on.
+// `count` pseudo-random ids; two topics differ within the first page already.
 Ids words(int topic, int count) {
     Ids ids;
     for (int i = 0; i < count; i++) ids.push_back(int((mix(mix(7, topic), i) >> 32) % vocabulary));
@@ -108,7 +109,7 @@ Ids operator+(Ids a, const Ids& b) {
 
 // [2] Machine -------------------------------------------------------------------------------------
 
-struct Wishes {  // of a sequence, besides a text
+struct Wishes {  // parameters of a sequence
     int prompt_logprobs = -1;
     float presence = 0, frequency = 0, repetition = 1;
     std::map<int, float> bias = {};
@@ -116,7 +117,8 @@ struct Wishes {  // of a sequence, besides a text
     int min_tokens = 0;
 };
 
-// What becomes of each id's logit, by id, from the whole text; quarters, so that floats are exact.
+// The expected adjustment of each id's logit, by id, computed from the whole text. Tests use
+// multiples of 1/4, so that sums of floats are exact.
 using Adjusted = std::array<Adjustment, vocabulary>;
 
 Adjusted adjusted(const Wishes& wishes, const Ids& text, int prompt_tokens) {
@@ -126,7 +128,8 @@ Adjusted adjusted(const Wishes& wishes, const Ids& text, int prompt_tokens) {
         Adjustment& a = all[size_t(text[i])];
         a.repetition = wishes.repetition;
         if (i < size_t(prompt_tokens)) continue;
-        a.penalty += wishes.frequency + (a.id++ ? 0 : wishes.presence);  // id: how often, so far
+        a.penalty +=
+            wishes.frequency + (a.id++ ? 0 : wishes.presence);  // a.id counts occurrences here
     }
     for (int id = 0; id < vocabulary; id++) all[size_t(id)].id = id;
     return all;
@@ -138,7 +141,7 @@ bool carries(const Output& out, Adjusted missing) {
         if (a.id != m.id || a.bias != m.bias || a.repetition != m.repetition ||
             a.penalty != m.penalty)
             return false;
-        m = {-1};  // each id once
+        m = {-1};  // a second adjustment of this id fails
     }
     return std::all_of(missing.begin(), missing.end(), [](const Adjustment& a) {
         return a.bias == 0 && a.repetition == 1 && a.penalty == 0;
@@ -154,10 +157,10 @@ struct Job {
     int preemptions = 0;
 };
 
-struct Span {  // what one row does in one step
+struct Span {  // the tokens of one row in one step
     char name;
     int first, last;  // positions
-    int scored;       // logprobs of the prompt
+    int scored;       // number of prompt logprobs
     bool output;
 };
 using Step = std::vector<Span>;
@@ -213,7 +216,7 @@ class Machine {
         return rows;
     }
 
-    // Until there is nothing to do. Everything must have ended then, and no page be held.
+    // Steps until there is nothing to do. Then all sequences must have ended, and no page be held.
     void run() {
         for (int steps = 0; !step().empty(); steps++) must(steps < limit, "it does not end");
         check_idle();
@@ -230,16 +233,16 @@ class Machine {
     std::list<std::shared_ptr<Job>> live;  // in the order of arrival
     std::function<void()> while_it_runs;   // called once, between next() and finish()
     double now = 0;                        // of the last step
-    int preempted_amid = 0;                // the logprobs of a prompt
+    int preempted_amid = 0;                // preemptions with some prompt logprobs delivered
 
   private:
-    struct Place {  // of one token in a page
+    struct Place {  // the slot of one token in a page
         int position = -1, id = -1;
         bool operator==(const Place&) const = default;
     };
     static constexpr int limit = 100'000;
 
-    // Catch2's own assertions would take longer than all the rest: there are millions.
+    // There are millions of these checks: Catch2's own macros would take most of the time.
     static void must(bool met, const char* rule) {
         if (!met) FAIL("broken: " << rule);
     }
@@ -301,7 +304,8 @@ class Machine {
             must(job->sequence->started == job->started, "the time of the first step");
     }
 
-    // First come, first served, and the newest gives way: what runs is always the oldest.
+    // First come, first served, and the newest is preempted: the oldest sequences are those that
+    // run.
     void check_order() const {
         const auto runs = [](const auto& job) { return holds_pages(*job); };
         must(std::is_partitioned(live.begin(), live.end(), runs), "a newer sequence runs instead");
@@ -325,7 +329,7 @@ class Machine {
         }
     }
 
-    // A row does not say whose it is: the page that it writes does.
+    // A Batch does not say which sequence a row belongs to: find the holder of the page it writes.
     Step name_rows(const Batch& b) {
         Step rows;
         row_jobs.clear();
@@ -385,8 +389,8 @@ class Machine {
         }
     }
 
-    // All rows write before any reads, as in a layer. Only an empty place may be written: a page
-    // that someone shares, or that is cached, is full.
+    // All rows write before any row reads, as in a layer. A row may write to an empty place only,
+    // in a page that no other sequence holds: shared and cached pages are full.
     void write(const Batch& b, const Step& rows) {
         for (const Pool pool : {local_pool, global_pool}) {
             const auto count = holders(pool);
@@ -403,7 +407,7 @@ class Machine {
         }
     }
 
-    // The tokens first..last as the row's pages have them.
+    // The tokens first..last, read from the row's pages.
     Ids read(Pool pool, size_t r, const Batch& b, int first, int last) {
         Ids ids;
         const Ids& tokens = row_jobs[r]->sequence->tokens;
@@ -418,7 +422,7 @@ class Machine {
 
     Results attend(const Batch& b, const Step& rows) {
         Results results;
-        const int behind = limits.window - 1;  // what a token sees before itself
+        const int behind = limits.window - 1;  // tokens before itself that a token sees
         for (size_t r = 0; r < rows.size(); r++) {
             const auto [name, first, last, scored, output] = rows[r];
             const Job& job = *row_jobs[r];
@@ -499,7 +503,8 @@ class Machine {
     void check_window() const {
         for (const auto& job : live) {
             const Sequence& s = *job->sequence;
-            const int seen = std::max(0, s.computed - limits.window + 1);  // by the next token
+            const int seen =
+                std::max(0, s.computed - limits.window + 1);  // first that the next sees
             for (int i = 0; i < seen / page_tokens; i++)
                 must(s.pages[local_pool][size_t(i)] == -1, "a page behind the window is held");
         }
@@ -530,12 +535,13 @@ class Machine {
 
 // [3] Scripts -------------------------------------------------------------------------------------
 //
-// One line is one step: "a0..63 b9!" computes positions 0 to 63 of a and 9 of b; after ! stands
-// nothing more to compute, so a token comes out, or a text of none ends. "a9~20!" are twelve steps
-// of one token each. "a0..63+64": 64 logprobs of the prompt come out.
+// One string is one step. "a0..63 b9!" computes positions 0 to 63 of a, and 9 of b. "!" means that
+// all of the sequence is then computed: the step yields a token, or ends a text with max_tokens 0.
+// "a9~20!" stands for twelve steps of one token each. "a0..63+64": the step yields 64 prompt
+// logprobs.
 
 struct Ask {
-    int step;  // before which it arrives
+    int step;  // the sequence arrives before this step
     char name;
     Ids prompt;
     int max_tokens;
@@ -543,7 +549,7 @@ struct Ask {
 };
 
 struct Cancel {
-    int step;  // before which it happens
+    int step;  // the client leaves before this step
     char name;
 };
 
@@ -555,7 +561,7 @@ struct Script {
     std::vector<Cancel> cancels = {};
 };
 
-bool goes_on(const Step& before, const Step& now) {  // the same rows decode one token further
+bool goes_on(const Step& before, const Step& now) {  // `now` decodes one token more in each row
     return std::equal(
         before.begin(), before.end(), now.begin(), now.end(), [](const Span& a, const Span& b) {
             return a.name == b.name && a.first == a.last && b.first == b.last &&
@@ -666,8 +672,8 @@ TEST_CASE("scheduler: who runs, and how many tokens of each") {
 
 TEST_CASE("scheduler: when pages run out the newest waits, and is computed again") {
     const int W = 64, many = 99;
-    // Both have 3 global pages when a needs a 4th. What b had computed is cached; a takes its last
-    // page, so b finds 64 tokens again.
+    // Both have 3 global pages when a needs a 4th, so b is preempted and its pages are cached. a
+    // then takes the last of them, and b finds its first 64 tokens in the cache.
     const std::vector<Ask> two{{0, 'a', words(1, 40), 60}, {0, 'b', words(2, 40), 60}};
     const std::vector<std::string> exchange{"a0..39! b0..39!", "a40~95! b40~95!", "a96~98!",
                                             "b64..96!", "b97~98!"};
@@ -745,7 +751,7 @@ TEST_CASE("scheduler: only equal tokens behind equal tokens are taken") {
         CHECK(play({"", {8, 400, 64, {99, 99}}, {{0, 'a', prompt, 1}, {1, 'b', other, 1}}, {}}) ==
               std::vector<std::string>{"a0..96!", rest});
     }
-    // Two equal pages are not the same page: what lies before them differs.
+    // Pages with equal tokens are not shared if the tokens before them differ.
     const Ids page = words(2, 32), x = words(3, 32), tail = words(4, 1);
     CHECK(play({"",
                 {8, 400, 64, {99, 99}},
@@ -791,21 +797,21 @@ TEST_CASE("scheduler: cached pages go when room is needed, the least recently us
                {"a0..128!", "b0..99!", "c64..128!"}}});
 }
 
-// A hit of n pages needs n global pages, and local ones for the last min(32n, W-1) tokens. A prompt
-// of 4 pages and 1 token is cached; then `evicted` of its local pages go.
+// A hit of n pages needs n global pages, and local pages for the last min(32n, W-1) tokens. A
+// prompt of 4 pages and 1 token is cached; then `evicted` of its local pages are evicted.
 TEST_CASE("scheduler: a hit needs the local pages that the window still sees") {
     struct Case {
         int window;
         std::vector<int> hits;  // by `evicted`
     };
     for (const auto& [window, hits] : std::vector<Case>{
-             {1, {128, 128, 128, 128, 128}},  // nothing
-             {2, {128, 96, 64, 32, 0}},       // 1 token, so 1 page; they go in the order 3 2 1 0
-             {33, {128, 128, 128, 128, 0}},   // 32 tokens, 1 page; 2 1 0 3
-             {34, {128, 64, 32, 0, 0}},       // 33 tokens, 2 pages; 2 1 0 3
-             {65, {128, 128, 128, 0, 0}},     // 64 tokens, 2 pages; 1 0 3 2
-             {66, {128, 32, 0, 0, 0}},        // 65 tokens, 3 pages; 1 0 3 2
-             {200, {128, 96, 64, 32, 0}},     // everything; 3 2 1 0
+             {1, {128, 128, 128, 128, 128}},  // needs no local page
+             {2, {128, 96, 64, 32, 0}},       // 1 token: 1 page; evicted in the order 3 2 1 0
+             {33, {128, 128, 128, 128, 0}},   // 32 tokens: 1 page; 2 1 0 3
+             {34, {128, 64, 32, 0, 0}},       // 33 tokens: 2 pages; 2 1 0 3
+             {65, {128, 128, 128, 0, 0}},     // 64 tokens: 2 pages; 1 0 3 2
+             {66, {128, 32, 0, 0, 0}},        // 65 tokens: 3 pages; 1 0 3 2
+             {200, {128, 96, 64, 32, 0}},     // all 4 pages; 3 2 1 0
          }) {
         for (int evicted = 0; evicted <= 4; evicted++) {
             CAPTURE(window, evicted);
@@ -821,7 +827,7 @@ TEST_CASE("scheduler: a hit needs the local pages that the window still sees") {
     }
 }
 
-// [4] Windows, limits, ends, leaving --------------------------------------------------------------
+// [4] Windows, limits, stops, cancellation --------------------------------------------------------
 
 int pages_seen(int window) { return (window + page_tokens - 2) / page_tokens + 1; }
 
@@ -835,7 +841,7 @@ TEST_CASE("scheduler: a long sequence holds only the local pages that its window
             const Sequence& s = *job->sequence;
             int most = 0;
             for (bool more = true; more;) {
-                if (s.computed >= s.prompt_tokens) {  // it decodes from now on
+                if (s.computed >= s.prompt_tokens) {  // the prompt is computed
                     machine.while_it_runs = [&] {
                         most = std::max(most, machine.scheduler.use(local_pool).held);
                     };
@@ -855,8 +861,8 @@ TEST_CASE("scheduler: what fits runs alone to its end, what does not is refused"
     };
     for (const auto& [window, local, global, longest] : std::vector<Case>{
              {64, 3, 10, 320},
-             {64, 99, 10, 320},  // the global pool decides
-             {64, 2, 10, 64},    // 64 tokens may lie in 3 pages
+             {64, 99, 10, 320},  // the global pool limits it
+             {64, 2, 10, 64},    // 64 tokens can span 3 pages
              {64, 1, 10, 32},
              {33, 2, 10, 320},
              {34, 2, 10, 64},
@@ -875,7 +881,7 @@ TEST_CASE("scheduler: what fits runs alone to its end, what does not is refused"
         for (const int budget : {1, 31, 32, 33, 1000}) {
             Machine machine({8, budget, window, {local, global}});
             CAPTURE(budget);
-            // The second of each pair meets what the first has left in the cache.
+            // The second of each pair finds the pages of the first in the cache.
             for (const int prompt : {1, 1, longest / 2, longest / 2, longest - 1, longest - 1}) {
                 machine.add('a', words(prompt, prompt), longest - prompt);
                 machine.run();
@@ -900,7 +906,7 @@ TEST_CASE("scheduler: an answer ends at a stop id or at max_tokens") {
         int length;
         Finish finish;
     };
-    const int sixth = where(ids[6]);  // the first place of that id
+    const int sixth = where(ids[6]);  // the first occurrence of that id
     REQUIRE((sixth > 0 && where(ids[12]) > sixth));
     for (const auto& [title, max_tokens, stop_ids, length, finish] : std::vector<Case>{
              {"max_tokens", 5, {}, 5, Finish::length},
@@ -973,25 +979,25 @@ TEST_CASE("scheduler: a cancelled sequence leaves before the next step, from whe
     });
 }
 
-TEST_CASE("scheduler: a cancel while the model computes") {
-    for (const int max_tokens : {1, 5}) {  // the token at hand is its last, or is not
+TEST_CASE("scheduler: a sequence is cancelled while the model computes") {
+    for (const int max_tokens : {1, 5}) {  // the token is its last, or not
         Machine machine({8, 100, 64, {9, 9}});
         const auto job = machine.add('a', words(1, 40), max_tokens);
         machine.while_it_runs = [&] { job->sequence->cancelled = true; };
         machine.run();
-        CHECK(job->got.ids.size() == 1);  // it was computed, so it is delivered
+        CHECK(job->got.ids.size() == 1);  // a computed token is delivered
         CHECK(job->got.finish == (max_tokens == 1 ? Finish::length : Finish::abort));
     }
 }
 
-TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
-    // The pools that split_memory gives 16 rows of a window of 64: 3 local pages each, 3 for a
-    // step.
+TEST_CASE("scheduler: rows whose window is full do not block newcomers") {
+    // The pools that split_memory would give 16 rows with a window of 64: 3 local pages for each
+    // row, and 3 for a step.
     Scheduler scheduler({16, 64, 64, {16 * 3 + 3, 1000}});
     const auto add = [&](int prompt, int max_tokens) {
         auto s = std::make_shared<Sequence>();
         s->tokens.assign(size_t(prompt), 7);
-        s->tokens[0] = int(prompt + scheduler.running());  // no shared prefixes
+        s->tokens[0] = int(prompt + scheduler.running());  // rows share no prefix
         s->prompt_tokens = prompt, s->max_tokens = max_tokens;
         scheduler.add(s);
         return s;
@@ -1002,7 +1008,7 @@ TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
         return batch;
     };
     for (int i = 0; i < 15; i++) {
-        add(70 + i, 1000);  // at all places within a page
+        add(70 + i, 1000);  // rows end at different places in a page
         for (int n = 0; n < 5; n++) step();
     }
     for (int n = 0; n < 100; n++) {
@@ -1014,7 +1020,7 @@ TEST_CASE("scheduler: rows whose window is full keep nobody waiting") {
     CHECK(scheduler.preemptions() == 0);
 }
 
-// [5] Logprobs of prompts, penalties, masks -------------------------------------------------------
+// [5] Prompt logprobs, penalties, masks -----------------------------------------------------------
 
 const Wishes score{.prompt_logprobs = 2};
 
@@ -1065,7 +1071,7 @@ TEST_CASE("scheduler: who asks for a prompt's logprobs finds nothing cached unti
          {"a0..39! b0..39+39!", "a40~95! b40~95!", "a96~98!", "b64..96!", "b97~98!"}},
     });
     for (const int max_tokens : {0, 5}) {
-        // a token of each a step, until there is no page for b's 97th
+        // Each step computes one token of each, until there is no page for b's 97th.
         Machine machine({8, 2, W, {many, 7}});
         const auto a = machine.add('a', words(1, 2), 200);
         const auto b = machine.add('b', words(2, 100), max_tokens, {}, 0, score);
@@ -1103,7 +1109,7 @@ TEST_CASE("scheduler: each logprob of a prompt comes once, whatever the budget")
             CHECK(job->sequence->cached_tokens == 0);
         }
     }
-    // The others grow by three pages each, while each step computes one token of the prompt.
+    // Each step computes one token of the prompt, while each other sequence grows by three pages.
     for (int others = 1; others < 8; others++) {
         CAPTURE(others);
         Machine machine({8, others + 1, 40, {99, 5 + 2 * others}});
@@ -1139,13 +1145,13 @@ TEST_CASE("scheduler: a text of no tokens ends when its prompt is computed") {
          {"a0..69+69!", "b0..69+69!"});
 }
 
-// A scheduler whose one sequence is given the ids of a table.
+// A scheduler with one sequence, whose generated ids the test chooses.
 struct Dictation {
     explicit Dictation(const std::shared_ptr<Sequence>& s) {
         s->prompt_tokens = int(s->tokens.size());
         scheduler.add(s);
     }
-    Output next(int id) {  // what the scheduler asks for before it is told `id`
+    Output next(int id) {  // the Output of the step that then generates `id`
         const Batch& batch = scheduler.next();
         REQUIRE(batch.outputs.size() == 1);
         const Output out = batch.outputs[0];
@@ -1159,8 +1165,8 @@ TEST_CASE("scheduler: penalties count what was generated, repetition the prompt 
     struct Case {
         const char* title;
         float presence, frequency, repetition;
-        std::vector<Adjustment> before;                // as a request sets them
-        std::vector<std::vector<Adjustment>> carried;  // before each of the ids 7, 9, 7, 7
+        std::vector<Adjustment> before;                // as the request sets them
+        std::vector<std::vector<Adjustment>> carried;  // by the Outputs of the ids 7, 9, 7, 7
     };
     const std::vector<Adjustment> none, bias{{7, -1.5f}, {30, 4}};
     for (const auto& [title, presence, frequency, repetition, before, carried] : std::vector<Case>{
@@ -1238,7 +1244,7 @@ TEST_CASE("scheduler: until min_tokens are generated other ids are allowed") {
                after = std::make_shared<const std::vector<uint32_t>>(1, ~0u);
     for (const int prompt : {1, 40}) {
         for (const int min_tokens : {0, 1, 3, 5}) {
-            for (const auto& allowed : {after, {}}) {  // {}: all
+            for (const auto& allowed : {after, {}}) {  // {}: all ids
                 CAPTURE(prompt, min_tokens);
                 auto s = std::make_shared<Sequence>();
                 s->tokens = words(1, prompt), s->max_tokens = 5;
@@ -1275,7 +1281,7 @@ TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") 
     for (const int window : {5, 40, 64, 999}) {
         for (const int budget : {5, 32, 200}) {
             CAPTURE(window, budget);
-            // 12 sequences of 128 tokens: 48 global pages, and up to 48 local ones.
+            // 12 sequences of 128 tokens need 48 global pages and up to 48 local ones; 12 exist.
             Machine machine({12, budget, window, {12, 12}});
             std::vector<std::shared_ptr<Job>> jobs;
             for (int i = 0; i < 12; i++) {
@@ -1290,7 +1296,7 @@ TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") 
             machine.run();
             for (const auto& job : jobs) CHECK(job->got.ids == job->expected.ids);
             CHECK(machine.scheduler.preemptions() > 0);
-            CHECK(jobs[0]->sequence->preemptions == 0);  // the oldest never gives way
+            CHECK(jobs[0]->sequence->preemptions == 0);  // the oldest is never preempted
             int sum = 0;
             for (const auto& job : jobs) sum += job->sequence->preemptions;
             CHECK(sum == machine.scheduler.preemptions());
@@ -1298,7 +1304,7 @@ TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") 
     }
 }
 
-// Everyone ends though new ones never stop coming: the wait is bounded by those that came before.
+// A long sequence ends although short ones never stop arriving: only earlier ones can delay it.
 TEST_CASE("scheduler: nobody starves behind a stream of short ones") {
     Machine machine({4, 40, 40, {12, 12}});
     const auto big = machine.add('B', words(0, 300), 50);
@@ -1317,12 +1323,12 @@ TEST_CASE("scheduler: nobody starves behind a stream of short ones") {
     machine.run();
 }
 
-TEST_CASE("scheduler: chance finds what tables do not") {
+TEST_CASE("scheduler: random sequences, limits and cancellations") {
     int preemptions = 0, shared = 0, cancelled = 0, scored = 0;
     for (unsigned seed = 1; seed <= 24; seed++) {
         CAPTURE(seed);
         std::mt19937 random(seed);
-        const auto pick = [&](int low, int high) {  // both included, the same in every library
+        const auto pick = [&](int low, int high) {  // low..high; equal in every standard library
             return low + int(random() % unsigned(high - low + 1));
         };
         const int window = pick(0, 3) ? pick(1, 130) : 32 * pick(1, 4);

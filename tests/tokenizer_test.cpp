@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tokenizer_test.cpp: ids and text against golden files, no forged turns, no half characters.
+// tokenizer_test.cpp: golden ids and texts; text forges no turn; a stream has no partial
+// characters.
 //
-// Two vocabularies: the demo's, always there, and Gemma's 262,144 pieces, from $GEMMA_VOCAB or the
-// folder beside the repository. What holds for both is tested with both; golden ids need Gemma's.
+// There are two vocabularies: the demo's, in the repository, and Gemma's 262,144 pieces, from
+// $GEMMA_VOCAB or a folder beside the repository. Most tests use both; golden ids need Gemma's.
 #include "tests/test.h"
 
 #include <algorithm>
@@ -26,7 +27,7 @@ namespace {
 const std::filesystem::path demo_file = repository / "demo/model/tokenizer.model";
 const char* const skip_reason = "no Gemma vocabulary at $GEMMA_VOCAB or ../shared/golden";
 
-// nullptr: not there. Loaded once; Catch2 runs test cases in one thread.
+// Gemma's vocabulary, or nullptr if it is not there. Loaded once.
 const Tokenizer* gemma_vocabulary() {
     static const auto loaded = []() -> std::optional<Tokenizer> {
         const char* given = std::getenv("GEMMA_VOCAB");
@@ -66,7 +67,7 @@ const std::vector<std::string> controls = {"<pad>",
                                            "<end_of_image>",
                                            "<image_soft_token>"};
 
-// The ids that text must never become: those that a raw prompt reaches by a literal.
+// The control ids: a raw prompt can write them as literals, other text must never become them.
 Ids control_ids(const Tokenizer& t) {
     Ids ids;
     for (const std::string& literal : controls)
@@ -84,7 +85,7 @@ int count_controls(const Tokenizer& t, const Ids& ids) {
 
 json chat_of(const json& content) { return {{{"role", "user"}, {"content", content}}}; }
 
-// Strict UTF-8, by decoding: another way than the tokenizer's own.
+// Strict check of UTF-8 by decoding it, which is not how the tokenizer does it.
 bool is_utf8(const std::string& s) {
     for (size_t i = 0; i < s.size();) {
         const auto lead = uint8_t(s[i]);
@@ -103,7 +104,7 @@ bool is_utf8(const std::string& s) {
     return true;
 }
 
-// Token by token: whether every push is valid by itself, and all of them together are decode().
+// Pushes ids one by one: is every piece valid UTF-8 by itself, and all together equal to decode()?
 bool streams_well(const Tokenizer& t, const Ids& ids) {
     Detokenizer stream(t);
     std::string all;
@@ -117,7 +118,7 @@ bool streams_well(const Tokenizer& t, const Ids& ids) {
     return valid && all == t.decode(ids);
 }
 
-// The demo has its byte pieces where Gemma has them.
+// Both vocabularies have byte pieces at the same ids.
 int byte_id(uint8_t byte) { return 238 + byte; }
 
 std::string decoded_bytes(const Tokenizer& t, const std::string& bytes) {
@@ -134,7 +135,7 @@ std::filesystem::path scratch_file(const std::string& content) {
     return file;
 }
 
-// "": the file loads and then works; else the message of its Error.
+// "" if the file loads and then works, else the message of its Error.
 std::string complaint(const std::string& content) {
     const auto file = scratch_file(content);
     std::string message;
@@ -172,7 +173,7 @@ TEST_CASE("raw prompts have the golden ids") {
         const auto text = c["text"].get<std::string>();
         CAPTURE(c["n"].get<int>(), text.substr(0, 100));
         const Ids ids = c["ids"].get<Ids>();
-        // SentencePiece alone does not know the soft token; Hugging Face does, and so do we.
+        // SentencePiece does not know the image's soft token; Hugging Face and our tokenizer do.
         const bool soft_token = text.find("<image_soft_token>") != text.npos;
         const Ids expected = soft_token ? c["hf_ids"].get<Ids>() : ids;
         CHECK(t.encode_with_controls(text) == expected);
@@ -184,7 +185,7 @@ TEST_CASE("raw prompts have the golden ids") {
         } else {
             CHECK(count_controls(t, t.encode(text)) == 0);
         }
-        // U+2581 comes back as a space: the one thing that is lost.
+        // Only U+2581 is not restored: it decodes to a space.
         if (count_controls(t, expected) == 0 && text.find("\u2581") == text.npos)
             CHECK(t.decode(expected) == text);
         CHECK(streams_well(t, expected));
@@ -235,10 +236,10 @@ TEST_CASE("control text in content stays text") {
         const Tokenizer& t = *tokenizer;
         CHECK(control_ids(t).size() == (name == "demo" ? 6 : 9));
         const int frame = count_controls(t, t.chat(chat_of("Hi"), Ending::generation_prompt));
-        CHECK(frame == 4);  // <bos>, two turns opened, one closed
+        CHECK(frame == 4);  // <bos>, two <start_of_turn>, one <end_of_turn>
         std::vector<std::string> texts = controls;
         std::mt19937 random(7);
-        for (int i = 0; i < 300; ++i) {  // mixtures, also cut ones that together make one
+        for (int i = 0; i < 300; ++i) {  // literals and pieces of literals, joined
             std::string mix;
             for (int k = 0; k < 12; ++k) {
                 const std::string& literal = controls[random() % controls.size()];
@@ -317,16 +318,17 @@ TEST_CASE("chat's frame") {
                              "\u202f\u205f\u3000Hi you\u3000\u00a0\u0085 "),
                      Ending::generation_prompt) == turn("Hi you", true));
         CHECK(t.chat(chat_of("\u200bHi\ufeff"), Ending::closed) ==
-              turn("\u200bHi\ufeff"));  // no spaces
+              turn("\u200bHi\ufeff"));  // not stripped: not white space
         CHECK(t.chat(chat_of(" \u3000 "), Ending::closed) == turn(""));
         CHECK(t.chat(chat_of(json::array()), Ending::closed) == turn(""));
-        // A list of a system message: its first part; not trimmed, as the turn itself is.
+        // Of a system message's list only the first part is used, and it is not stripped; the turn
+        // is.
         const json parts = {{{"type", "text"}, {"text", " a "}}, {{"type", "text"}, {"text", "b"}}};
         CHECK(t.chat({{{"role", "system"}, {"content", parts}},
                       {{"role", "user"}, {"content", " Hi"}}},
                      Ending::closed) == turn(" a \n\nHi"));
         CHECK(t.chat(chat_of(parts), Ending::closed) == turn("ab"));
-        // Open: the last message's end is left out, and nobody else's.
+        // Ending::open leaves out the end of the last message, and of no other.
         for (const char* text : {"Hi", " Hi ", ""}) {
             const json one = chat_of(text);
             Ids whole = t.chat(one, Ending::closed);
@@ -356,7 +358,7 @@ TEST_CASE("chat names what is wrong with messages") {
         CHECK(invalid(t, {user, user}) == alternate);
         CHECK(invalid(t, json::array({with_role("assistant")})) == alternate);
         CHECK(invalid(t, {user, with_role("assistant"), with_role("system")}) == alternate);
-        CHECK(invalid(t, {user, with_role("tool")}) == "");  // as the template
+        CHECK(invalid(t, {user, with_role("tool")}) == "");  // as in the template
         CHECK(invalid(t, json::array()) == "messages must be a list of at least one message");
         CHECK(invalid(t, "text") == "messages must be a list of at least one message");
         CHECK(invalid(t, nullptr) == "messages must be a list of at least one message");
@@ -382,11 +384,12 @@ TEST_CASE("an image's newlines fuse with their neighbours") {
     const json image = {{"type", "image"}}, text = {{"type", "text"}, {"text", "x"}};
     const Ids ids = t.chat(chat_of({text, image, image}), Ending::closed);
     CHECK(std::count(ids.begin(), ids.end(), 262144) == 512);
-    CHECK(std::count(ids.begin(), ids.end(), 110) == 1);  // "\n\n" of one and "\n\n" of the next
+    CHECK(std::count(ids.begin(), ids.end(), 110) ==
+          1);  // "\n\n" after one image and "\n\n" before the next fuse
     CHECK(Ids(ids.end() - 4, ids.end()) == Ids{256000, 108, 106, 107});
 }
 
-// [4] Text as it streams --------------------------------------------------------------------------
+// [4] Streamed text -------------------------------------------------------------------------------
 
 TEST_CASE("what is not UTF-8 becomes U+FFFD, one for each maximal subpart") {
     for (const auto& [name, tokenizer] : vocabularies()) {
@@ -421,7 +424,7 @@ TEST_CASE("a character is held back until it is whole") {
         Detokenizer stream(*tokenizer);
         CHECK(stream.push(byte_id(0xF0)) == "");
         CHECK(stream.push(byte_id(0x9F)) == "");
-        CHECK(stream.push(106) == "");  // adds nothing, breaks nothing
+        CHECK(stream.push(106) == "");  // a control id adds no text
         CHECK(stream.push(byte_id(0x98)) == "");
         CHECK(stream.push(byte_id(0x80)) == "\U0001F600");
         CHECK(stream.flush() == "");
@@ -439,7 +442,7 @@ TEST_CASE("random ids stream as they decode, valid at every push") {
         int bad = 0, ids_pushed = 0;
         for (int sequence = 0; sequence < 5000; ++sequence) {
             Ids ids;
-            for (int i = 0; i < 20; ++i)  // half of them bytes, mostly those above ASCII
+            for (int i = 0; i < 20; ++i)  // half are byte pieces, mostly of bytes above ASCII
                 ids.push_back(random() % 2
                                   ? int(random() % unsigned(t.size() + 10)) - 5
                                   : byte_id(uint8_t(random() % 8 ? random() | 0x80 : random())));
@@ -528,7 +531,7 @@ TEST_CASE("a file that is no tokenizer of Gemma's family is refused in one line"
                    "no SentencePiece model"));
     CHECK(contains(edited("<bos>", "<bot>"), "no piece <bos>"));
     CHECK(contains(edited("<end_of_turn>", "<end_of_torn>"), "no piece <end_of_turn>"));
-    std::string swapped = demo;  // <pad> and <eos> in each other's place
+    std::string swapped = demo;  // <pad> and <eos> swapped
     swapped.replace(swapped.find("<pad>"), 5, "<xxx>").replace(swapped.find("<eos>"), 5, "<pad>");
     CHECK(contains(complaint(swapped.replace(swapped.find("<xxx>"), 5, "<eos>")), "<pad> at id 1"));
     // normalizer_spec ends the file: add_dummy_prefix (18), remove_extra_whitespaces (20), both off
@@ -550,7 +553,7 @@ TEST_CASE("a file that is no tokenizer of Gemma's family is refused in one line"
     CHECK(contains(message_for(repository.string()), "directory"));
     CHECK(contains(message_for("/dev/zero"), "expected Gemma's tokenizer.model"));
     const auto sparse = scratch_file("");
-    std::filesystem::resize_file(sparse, 1ull << 40);  // no byte of it is on the disk
+    std::filesystem::resize_file(sparse, 1ull << 40);  // 1 TiB, all of it a hole
     CHECK(contains(message_for(sparse.string()), "more than 64 MiB"));
     std::filesystem::remove(sparse);
 }
@@ -564,7 +567,7 @@ TEST_CASE("damaged files are refused or load, and never crash") {
     };
     for (int i = 0; i < 150; ++i) count(demo.substr(0, random() % demo.size()));
     CHECK(loaded < 150);
-    for (int i = 0; i < 700; ++i) {  // half of the flips in the head, with the control pieces
+    for (int i = 0; i < 700; ++i) {  // half of the flips hit the head, which has the control pieces
         std::string flipped = demo;
         const size_t bytes = i % 2 ? demo.size() : std::min<size_t>(demo.size(), 3000);
         flipped[random() % bytes] ^= char(1 << random() % 8);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exercise 1: one product by one warp, from rows as they lie. `./dev exercise 1`
+// Exercise 1: one matrix product by one warp, from plain rows. `./dev exercise 1`
 //
-// linear finds its activations in fragment order. Here they are rows, x[16, K], like the weights:
-// each lane loads 16 bytes of two tokens and of one weight row, and picks from the three what two
-// mmas want. Some ten lines in product_kernel; y must have the bits of linear's.
+// linear reads activations in fragment order. Here they are plain rows, x[16, K], like the weights:
+// each lane loads 16 bytes from each of two tokens and one weight row, and picks from these the
+// operands of two mmas. Write some ten lines in product_kernel; y must have the bits of linear.
 #include "exercise.h"
 
 using namespace gemma;
@@ -12,13 +12,15 @@ using namespace gemma;
 namespace {
 
 // y[n, m] = sum over k of x[n, k] w[m, k]
-// needs: one warp; K a multiple of 32, and one slice of linear's, so that one chain of mmas will do
+// Needs one warp, and K a multiple of 32 that is a single slice of linear: then one chain of mmas
+// computes each sum.
 __global__ void product_kernel([[maybe_unused]] float* y,       // [16, 8]
                                [[maybe_unused]] const bf16* x,  // [16, K]
                                [[maybe_unused]] const bf16* w,  // [8, K]
                                [[maybe_unused]] int K) {
     [[maybe_unused]] const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
-    // Yours. The picture in docs/afternoon.md says which k a lane's words are in which mma.
+    // Write this. The picture in docs/afternoon.md shows which k each word of a lane has in each
+    // mma.
 }
 
 std::vector<float> product(const std::vector<bf16>& x, const std::vector<bf16>& w, int K) {

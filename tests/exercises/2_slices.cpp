@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exercise 2: bits that no number of warps can change. `./dev exercise 2`
+// Exercise 2: bits that do not depend on the number of warps. `./dev exercise 2`
 //
-// sliced_kernel is right, and as fast as it can be divided: each warp takes its share of k. But the
-// shares depend on the number of warps, and with them the order of the sums, and with it the bits.
-// Change it so that every number of warps gives the bits of linear: ten lines or so.
+// sliced_kernel is correct and divides k evenly between its warps. But the shares depend on the
+// number of warps, so the order of the sums does, and so do the bits. Change some ten lines, so
+// that every number of warps gives the bits of linear.
 #include "exercise.h"
 
 using namespace gemma;
@@ -16,8 +16,9 @@ __global__ void sliced_kernel(float* y,       // [16, 8]
                               const bf16* x,  // [16, K] in fragment order
                               const bf16* w,  // [8, K]
                               int K,
-                              [[maybe_unused]] int slice) {    // steps of 32 k in a slice of K
-    float* sums = reinterpret_cast<float*>(dynamic_shared());  // room for one [16, 8] a slice
+                              [[maybe_unused]] int slice) {  // steps of 32 k in a slice of K
+    float* sums =
+        reinterpret_cast<float*>(dynamic_shared());  // room for one [16, 8] for each slice
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const int warps = int(blockDim.x) / 32, g = lane / 4, t = lane % 4;
     const int share = (K / 32 + warps - 1) / warps;
@@ -53,7 +54,7 @@ std::vector<float> sliced(const std::vector<bf16>& x, const std::vector<bf16>& w
     });
 }
 
-constexpr int widths[] = {1152, 2048, 2560};  // K of the 1B's 4 slices, and of 8 of two lengths
+constexpr int widths[] = {1152, 2048, 2560};  // K: 4 slices (the 1B's D), 8 slices of two lengths
 
 }  // namespace
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exercise 3: what a token sees, read back from the pages. `./dev exercise 3`
+// Exercise 3: read back from the pages the K and V that a token sees. `./dev exercise 3`
 //
-// A tool for whoever debugs the cache: read_kv_kernel copies the keys and values of one row out of
-// the pages of a layer, in order of position. It must go through the row's table of the right pool,
-// touch nothing behind the window (the table says -1 there, or somebody else may have the page by
-// now), and undo the transposition of V. Some ten lines.
+// read_kv_kernel is a tool for debugging the KV cache: it copies the keys and values of one row out
+// of the pages of a layer, in order of position. It must use the row's table of the right pool,
+// read nothing before the window (there the table has -1, or a page that another row may own by
+// now), and undo the transposition of V. Write some ten lines.
 #include "exercise.h"
 
 using namespace gemma;
@@ -19,14 +19,14 @@ __global__ void read_kv_kernel([[maybe_unused]] Attention a, [[maybe_unused]] in
                                [[maybe_unused]] int last,
                                [[maybe_unused]] bf16* keys,      // [G, last + 1, E]
                                [[maybe_unused]] bf16* values) {  // [G, last + 1, E]
-    // Yours. Attention::page and Tables::page, and the comment above Tables, have what you need.
+    // Write this. You need Attention::page, Tables::page and the comment above Tables.
 }
 
 constexpr int G = 2, E = 64, layers = 2, window = 40, R = 2, table_pages = 4;
 constexpr size_t layer_size = size_t(G) * 2 * page_tokens * E, page_size = layers * layer_size;
 constexpr uint16_t nan_bits = 0xffff;
 
-// One pool, whose page -1 is there too and full of NaN, as are all places that nobody has filled.
+// One pool. All places that fill() does not write are NaN, and so is a page -1, which exists here.
 struct Memory_ {
     std::vector<bf16> bytes = std::vector<bf16>(8 * page_size, bf16{nan_bits});
     bf16* page(int id) { return bytes.data() + size_t(id + 1) * page_size; }
@@ -34,10 +34,10 @@ struct Memory_ {
 
 bf16 stored(int row, int layer, int position, int g, int d, bool is_value) {
     const int n = ((((row * layers + layer) * 128 + position) * G + g) * E + d) * 2 + is_value;
-    return {uint16_t(n * 2654435761u >> 18)};  // 14 bits: positive, small, and no NaN
+    return {uint16_t(n * 2654435761u >> 18)};  // 14 bits: positive, small, never NaN
 }
 
-// Tables of two rows that share page 5, positions 0..31. In the local pool row 1 has let go of it.
+// Tables of two rows that share page 5, positions 0..31. In the local pool row 1 has released it.
 const int local[R][table_pages] = {{5, 0, -1, -1}, {-1, 3, 1, -1}};
 const int global[R][table_pages] = {{5, 2, -1, -1}, {5, 4, 0, -1}};
 constexpr int lasts[R] = {50, 80};
@@ -92,9 +92,9 @@ void check(Pool pool, int row, int layer) {
         }
     }
     INFO("pool " << pool << ", row " << row << ", layer " << layer << "; so many are wrong:");
-    CHECK(wrong[0] == 0);  // of K
-    CHECK(wrong[1] == 0);  // of V
-    CHECK(unseen == 0);    // of what must be zeros
+    CHECK(wrong[0] == 0);  // elements of K
+    CHECK(wrong[1] == 0);  // elements of V
+    CHECK(unseen == 0);    // elements that must be zero and are not
 }
 
 }  // namespace

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exercise 4: who decodes waits for no long prompt. `./dev exercise 4`
+// Exercise 4: a long prompt must not slow down the rows that decode. `./dev exercise 4`
 //
-// A step takes as long as its tokens need, so a prompt that fills the budget makes the text of all
-// others stutter. Give Limits a member `int max_chunk = 0`: in a step in which some row decodes,
-// prompts have max_chunk tokens in all; 0 is no limit. Some ten lines in Scheduler.
+// The time of a step depends on its tokens, so a prompt that fills the budget makes all other
+// streams stutter. Give Limits a member `int max_chunk = 0`: a step in which some row decodes has
+// at most max_chunk tokens of prompts in all; 0 is no limit. Write some ten lines in Scheduler.
 //
-// A row decodes once its prompt is computed. What must stay true: only the newest of the running
-// can be amid its prompt (docs/design.md, "Scheduling"), and everyone gets the same text as ever.
+// A row decodes once its prompt is computed. Two things must stay true: only the newest running
+// sequence can be in the middle of its prompt (docs/design.md, "Scheduling"), and every sequence
+// gets the same text as before.
 #include "tests/test.h"
 
 #include <map>
@@ -26,7 +27,7 @@ void set_max_chunk([[maybe_unused]] T& limits, [[maybe_unused]] int tokens) {
     if constexpr (has_max_chunk<T>) limits.max_chunk = tokens;
 }
 
-// The model: the next id is a hash of all before it.
+// The model: the next id is a hash of all ids before it.
 int next_id(const std::vector<int>& tokens) {
     uint64_t hash = 7;
     for (const int id : tokens)
@@ -35,16 +36,16 @@ int next_id(const std::vector<int>& tokens) {
 }
 
 struct Ask {
-    int step;            // before which it arrives
+    int step;            // it arrives before this step
     int prompt, answer;  // tokens
 };
 
 struct Seen {
-    std::vector<std::vector<int>> texts;  // of each ask
+    std::vector<std::vector<int>> texts;  // of each Ask
     int steps = 0, preemptions = 0;
     int beside = 0;  // most tokens of prompts in a step in which some row decoded
-    int alone = 0;   // and in one in which none did
-    int amid = 0;    // most rows that one step left amid their prompts
+    int alone = 0;   // the same of steps in which no row decoded
+    int amid = 0;    // most rows that a step left in the middle of their prompts
 };
 
 Seen play(Limits limits, int max_chunk, const std::vector<Ask>& asks) {
@@ -66,7 +67,7 @@ Seen play(Limits limits, int max_chunk, const std::vector<Ask>& asks) {
         for (const auto& s : all) computed[s.get()] = s->computed;
         const Batch batch = scheduler.next();
         if (batch.tokens.empty() && !more) break;
-        REQUIRE(step < 10'000);  // else it does not end
+        REQUIRE(step < 10'000);  // it ends
         Results results;
         int prompts = 0, decodes = 0, amid = 0;
         for (size_t r = 0; r + 1 < batch.row_start.size(); r++) {
@@ -103,7 +104,7 @@ const std::vector<Ask> mixed{{0, 50, 40}, {1, 1000, 5}, {2, 30, 20}, {2, 20, 9},
 }  // namespace
 
 TEST_CASE("Limits has a max_chunk, and 0 changes nothing") {
-    REQUIRE(has_max_chunk<Limits>);  // yours: in scheduler.h
+    REQUIRE(has_max_chunk<Limits>);  // add it in scheduler.h
     const Seen seen = play(ample, 0, mixed);
     CHECK(seen.beside > 300);
 }
@@ -123,7 +124,7 @@ TEST_CASE("where nobody decodes a prompt has the whole budget") {
     const Seen seen = play(ample, 32, {{0, 1000, 2}});
     CHECK(seen.alone == 400);
     CHECK(seen.steps == 4);
-    // Two that start together, and none has a token yet.
+    // Two prompts start together, so no row decodes yet.
     CHECK(play(ample, 32, {{0, 100, 2}, {0, 150, 2}}).alone == 250);
 }
 

@@ -3,13 +3,13 @@
 // Exercise 5: a new rule of sampling, on both engines. `./dev exercise 5`
 //
 // Give Sampling a member `float epsilon = 0`: an id whose probability is below epsilon is not
-// drawn; 0 is off. Probabilities are those of all ids that may be sampled, at the request's
-// temperature and before min-p, top-k and top-p cut anything; whoever is as likely as the likeliest
-// always stays. In integers, so that the GPU's threads can add them in any order:
+// drawn; 0 is off. Probabilities are over all ids that may be sampled, at the request's
+// temperature, before min-p, top-k and top-p cut any. Ids as likely as the likeliest always stay.
+// The rule uses integers, so that the GPU's threads can add weights in any order:
 //
 //     an id stays if its weight is at least  min(uint64_t(double(epsilon) * double(total)), 2^40)
 //
-// Some fifteen lines: gemma.h, `sample` in reference.cpp, `Ask`, `ask_of` and
+// Write some fifteen lines: in gemma.h, in `sample` in reference.cpp, and in `Ask`, `ask_of` and
 // `sample_kernel` in sample.cuh. Both engines must draw the same ids.
 #include "exercise.h"
 
@@ -50,7 +50,7 @@ std::vector<Output> outputs_of(Sampling sampling, float epsilon, int count) {
     return outputs;
 }
 
-// All outputs have the same logits, [V], of which the first `vocab` have text.
+// All outputs have the same logits, [V]; only ids below `vocab` have text.
 std::vector<int> on_gpu(const std::vector<float>& logits, int vocab,
                         const std::vector<Output>& outputs) {
     const auto V = int(logits.size());
@@ -98,7 +98,7 @@ void check_drawn(const std::vector<float>& logits, int vocab, const Sampling& sa
 }  // namespace
 
 TEST_CASE("Sampling has an epsilon") {
-    REQUIRE(has_epsilon<Sampling>);  // yours: in gemma.h
+    REQUIRE(has_epsilon<Sampling>);  // add it in gemma.h
 }
 
 TEST_CASE("what is less likely than epsilon is never drawn, all else is") {
@@ -106,22 +106,24 @@ TEST_CASE("what is less likely than epsilon is never drawn, all else is") {
     check_drawn(logits, 5, {}, 0, {0, 1, 2, 3, 4});
     check_drawn(logits, 5, {}, 0.05f, {0, 1, 2, 3});
     check_drawn(logits, 5, {}, 0.2f, {0, 2});
-    check_drawn(logits, 5, {}, 0.9f, {0});                               // the likeliest stays
-    check_drawn(logits, 5, {.temperature = 3}, 0.05f, {0, 1, 2, 3, 4});  // the least has 0.13
+    check_drawn(logits, 5, {}, 0.9f, {0});  // the likeliest stays
+    check_drawn(logits, 5, {.temperature = 3}, 0.05f,
+                {0, 1, 2, 3, 4});  // the least likely has 0.13
 }
 
-TEST_CASE("ids without text count for nothing, and equal ids share a fate") {
+TEST_CASE("ids without text do not count, and equally likely ids all stay or all go") {
     check_drawn(logits_of({0.1, 0.1, 0.1, 0.1, 0.6}), 4, {}, 0.2f, {0, 1, 2, 3});
     check_drawn(std::vector<float>(6, 1.5f), 6, {}, 0.5f, {0, 1, 2, 3, 4, 5});
 }
 
 TEST_CASE("before the other cuts") {
     const auto logits = logits_of({0.5, 0.1, 0.3, 0.06, 0.04});
-    // Of what min-p leaves 0.3 is 0.375; of all it is 0.3.
+    // Among the ids that min-p leaves, 0.3 would be 0.375; among all it stays 0.3.
     check_drawn(logits, 5, {.min_p = 0.5f}, 0.35f, {0});
     check_drawn(logits, 5, {.top_k = 2}, 0.35f, {0});
     check_drawn(logits, 5, {.top_k = 3}, 0.08f, {0, 1, 2});
-    check_drawn(logits, 5, {.top_p = 0.85f}, 0.08f, {0, 2});  // 0.8 of the 0.9 that are left
+    check_drawn(logits, 5, {.top_p = 0.85f}, 0.08f,
+                {0, 2});  // {0, 2} have 0.8 of the 0.9 that epsilon leaves
 }
 
 TEST_CASE("both engines draw the same, whatever else is asked") {

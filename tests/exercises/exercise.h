@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the exercises share (docs/afternoon.md, "Five exercises"). They run on the CPU, where a
-// device's memory is the host's (tests/cuda_on_cpu.h): a std::vector serves as either.
+// Shared by the exercises, which docs/afternoon.md explains. They run on the CPU, where device
+// memory is host memory (tests/cuda_on_cpu.h), so a std::vector serves as either.
 #pragma once
 
 #include "../../gemma.cu"
@@ -25,7 +25,7 @@ inline std::vector<bf16> random_bf16(size_t count, uint64_t seed) {
     return values;
 }
 
-// [N, K], N a multiple of 16
+// Rows [N, K] to fragment order; N is a multiple of 16.
 inline std::vector<bf16> in_fragment_order(const std::vector<bf16>& x, int N, int K) {
     std::vector<bf16> ordered(x.size());
     for (int n = 0; n < N; n++) {
@@ -39,7 +39,8 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// What run() gives, a vector. Where a barrier is missing, another order of the threads shows it.
+// Returns the vector that run() returns. If a barrier is missing, it differs in another order of
+// the threads, and a check fails.
 template <class Run>
 auto in_all_orders(Run run) {
     using cuda_on_cpu::Order;
@@ -52,9 +53,9 @@ auto in_all_orders(Run run) {
     return result;
 }
 
-// x[16, K] w[8, K]^T by the production kernels: [16, 8]
+// x[16, K] w[8, K]^T = [16, 8], by the production kernels.
 inline std::vector<float> by_linear(const std::vector<bf16>& x, std::vector<bf16> w, int K) {
-    w.resize(16 * size_t(K));  // linear wants 16 rows at least: 8 of zeros
+    w.resize(16 * size_t(K));  // linear needs 16 rows: add 8 rows of zeros
     const auto ordered = in_fragment_order(x, 16, K);
     std::vector<float> y(16 * 16), part;
     Stream s;
@@ -63,7 +64,7 @@ inline std::vector<float> by_linear(const std::vector<bf16>& x, std::vector<bf16
     return part;
 }
 
-// The same in double, and how far fp32 sums may be from it.
+// Checks y against sums in double, within the error that fp32 sums may have.
 inline void check_near(const std::vector<float>& y, const std::vector<bf16>& x,
                        const std::vector<bf16>& w, int K) {
     int wrong = 0;
