@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what the demo model is worth, in figures and in samples, by Hugging Face transformers.
+"""Measures how good the demo model is, with figures and samples, using Hugging Face transformers.
 
     python demo/check.py [--model demo/model]
 
-Prints 20 samples of the codelab's prompt at temperature 0.9, then every other opening of
-prompts.txt and some foreign ones sampled likewise, the greedy answer to every question of chat.txt,
+Prints 20 samples for the codelab's prompt at temperature 0.9, then three for every other opening of
+prompts.txt and for some foreign ones, the greedy answer to every question of chat.txt,
 and the answers to the wordings that training never saw.
 """
 
@@ -44,7 +44,7 @@ def pick(logits, generator):  # [V] -> the drawn token: temperature, top-k, reno
 
 @torch.inference_mode()
 def generate(model, rows, limit, generators=None):
-    """rows: prompts of one length; greedy without generators. -> [(tokens, stopped by itself)]"""
+    """Continues rows of one length; greedy without generators. -> [(tokens, stopped by itself)]"""
     answers, done = [[] for _ in rows], [False] * len(rows)
     ids, cache = torch.tensor(rows), None
     for _ in range(limit):
@@ -82,10 +82,10 @@ class Known:
     def sentences_of(text):
         return [s for s in re.split(r"(?<=[.!?]) |\n+", text) if s]
 
-    def strange(self, text):  # words that the corpus does not have
+    def strange(self, text):  # words that are not in the corpus
         return [w for w in self.words_of(text) if w not in self.words]
 
-    def fresh(self, text):  # sentences that the corpus does not have, word for word
+    def fresh(self, text):  # sentences that are not in the corpus word for word
         return [s for s in self.sentences_of(text) if s not in self.sentences]
 
 
@@ -93,8 +93,8 @@ class Sample(NamedTuple):
     text: str
     tokens: int
     done: bool  # stopped by itself
-    strange: list  # words of the continuation that the corpus does not have
-    fresh: list  # sentences that the corpus does not have
+    strange: list  # words of the continuation that are not in the corpus
+    fresh: list  # sentences that are not in the corpus
 
 
 def sample(model, sp, known, prompt, seeds):

@@ -80,7 +80,7 @@ int main(int argc, char** argv) try {
         if (batch.tokens.empty()) break;
         std::printf("step %d: tokens %zu, rows %zu\n", step, batch.tokens.size(),
                     batch.row_start.size() - 1);
-        const Batch shown = batch;  // finish() changes the scheduler's batch
+        const Batch shown = batch;  // a copy that outlives finish()
         const Results results = model->step(batch);
         const auto news = scheduler.finish(results);
         for (size_t r = 0; r + 1 < shown.row_start.size(); r++) {

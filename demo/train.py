@@ -3,22 +3,23 @@ r"""Trains the demo model: a Gemma 3 of 3.9 million parameters that has read onl
 
     python demo/train.py [--steps N] [--out demo/model]
 
-It recites; it does not reason. With it, the server and its tests have real weights to serve.
-One thread, fixed seeds: the same machine and packages give the same bytes.
+It recites; it does not reason. It gives the server and its tests real weights to serve.
+One thread and fixed seeds: the same machine and packages give the same bytes.
 
-The corpus has three files. # starts a comment. In the last two, blank lines separate blocks and a
-line's first letter says what it is.
+The corpus has three files. "#" starts a comment. In the last two, blank lines separate blocks, and
+the first letter of a line is its kind.
 
   prose.txt    paragraphs of plain text, one a line.
   prompts.txt  P  an opening that people type, such as "Cloud Run is a"
-               B  one way to go on from it; every B of a block fits every P of the block
+               B  a continuation; every B of a block fits every P of the block
                F  a sentence about the same thing, true wherever it stands
                A document is P, then B, then one to three F in any order. The codelab's prompt ends
-               in a space, which the tokenizer turns into a lone piece U+2581 that ordinary text
-               never has before a word. So half the documents encode "P " alone and then B without
-               its leading space, as a server would see them. The first block is drawn most often.
+               in a space, which the tokenizer turns into a separate piece U+2581; ordinary text
+               never has that piece before a word. So half the documents encode "P " first and then
+               B without its leading space: a server would see these ids. The first block is drawn
+               most often.
   chat.txt     Q  one wording of a question
-               H  a wording held out of the training, for check.py
+               H  a wording that training does not use, for check.py
                A  the answer, in which \n is a new line
 """
 
@@ -81,7 +82,7 @@ GENERATION = {
     "do_sample": True,
     "eos_token_id": [1, 106],
     "pad_token_id": 0,
-    "temperature": 0.7,  # gentler than Gemma's 1.0: small models slip sooner
+    "temperature": 0.7,  # Gemma has 1.0; small models make more errors when sampled
     "top_k": 64,
     "top_p": 0.95,
     "transformers_version": "4.50.0.dev0",
@@ -174,7 +175,7 @@ def train_tokenizer(out, prose, prompts, chat):
     defined += ["\u2581" * n for n in range(2, 32)]  # 138..167
     defined += [f"<unused{i}>" for i in range(99, 169)]  # 168..237, HTML tags in Gemma
     assert len(defined) == 234  # any other length shifts the bytes
-    file = io.BytesIO()  # a file name would end up inside the model
+    file = io.BytesIO()  # with a file name, the model would contain that name
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=file,
@@ -244,17 +245,18 @@ SYSTEMS = [
 
 
 class Corpus:
-    """Draws documents: lists of (token, weight in the loss). The first token is <bos>, weight 0."""
+    """Draws documents: lists of (token, weight in the loss), which begin with <bos>, weight 0."""
 
     def __init__(self, sp, prose, prompts, chat, seed=1):
         self.sp, self.prose, self.prompts, self.chat = sp, prose, prompts, chat
         self.rng = random.Random(seed)
-        # A block is drawn by its size; the first, the codelab's prompt, gets a third of all draws.
+        # Blocks are drawn in proportion to their size; the first, the codelab's prompt, in a third
+        # of all draws.
         need = [len(b["P"]) / 4 + len(b["B"]) for b in prompts[1:]]
         self.prompt_weights = [sum(need) / 2] + need
 
     def text_of(self, q):
-        """A user's way to type the question q: case, punctuation, politeness, a slip."""
+        """The question q as a user may type it: case, punctuation, politeness, typing errors."""
         rng = self.rng
         if rng.random() < 0.2:
             q = q.lower()
@@ -268,13 +270,13 @@ class Corpus:
                 q[i + 1 :],
                 q[i + 1] + q[i] + q[i + 2 :],
                 q[i] + q[i:],
-            ]  # left out, swapped, doubled
+            ]  # a letter left out, swapped, doubled
             q = q[:i] + rng.choice(slips)
         return q
 
     def encode_cut(self, text, p):
-        """Encodes text in parts, cut before each letter with probability p: unusual pieces, as BPE
-        dropout gives. (SentencePiece's own dropout ignores its seed here.)"""
+        """Encodes text in parts, cut before each letter with probability p: gives unusual pieces, as
+        BPE dropout does. (SentencePiece's own dropout ignores its seed here.)"""
         ids, start = [], 0
         for i in range(1, len(text) + 1):
             if i == len(text) or self.rng.random() < p:
@@ -292,7 +294,7 @@ class Corpus:
         for _ in range(rng.choice([1, 1, 2, 3])):
             b = rng.choice(self.chat)
             user = "user\n" + system + self.text_of(rng.choice(b["Q"]))
-            cut = 0.1 if rng.random() < 0.3 else 0  # outside user turns it would teach misspelling
+            cut = 0.1 if rng.random() < 0.3 else 0  # elsewhere the model would learn misspelling
             user = self.encode_cut(user, cut)
             doc += [(t, 0.2) for t in [SOT] + user + [EOT, 107, SOT] + sp.encode("model\n")]
             doc += [(t, 1) for t in sp.encode(b["A"][0]) + [EOT]] + [(107, 0.2)]
@@ -373,7 +375,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "model")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # one order of every sum
+    torch.set_num_threads(1)  # the order of every sum is fixed
     args.out.mkdir(parents=True, exist_ok=True)
 
     files = {"config": CONFIG, "generation_config": GENERATION, "tokenizer_config": TOKENIZER}

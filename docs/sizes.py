@@ -4,15 +4,16 @@
 
     docs/sizes.py [en|vi] [models] [gpus] [costs]
 
-`models` says what a size weighs, `gpus` what fits a GPU of Cloud Run and how fast it should be,
-`costs` what a running instance costs. tests/codelab_test.py compares both pages with this.
+`models` prints the bytes of each size, `gpus` which sizes fit a GPU of Cloud Run and their
+predicted speed, `costs` the price of a running instance. tests/codelab_test.py compares both pages
+with this.
 
-Memory follows plan_memory in main.cpp and CudaModel's constructor in gemma.cu: 0.9 of the GPU, less
-the weights of the text part and the working memory of a step, goes to pages of K and V. Speed is a
-prediction, made like the L4's in `gpu_bench`: the bytes that a step reads at the memory's nominal
-bandwidth, plus 2 us for each kernel. Neither was measured on these GPUs. On an H100 at 3,174 GB/s
-the same formula says 942 and 7,290 tok/s for 1 and 8 streams of the 1B, where 961 and 7,165 were
-measured (README.md); for 64 it says 1.6 times what was measured, so the table ends at 8.
+Memory follows split_memory in main.cpp and CudaModel's constructor in gemma.cu: 0.9 of the GPU,
+less the weights of the text part and the working memory of a step, is for pages of K and V. Speed
+is a prediction: a step takes the time to read its bytes at the memory's nominal bandwidth, plus
+2 us for each kernel. Neither was measured on these GPUs. For an H100 at 3,174 GB/s the formula
+predicts 942 and 7,290 tok/s for 1 and 8 streams of the 1B, where 961 and 7,165 were measured
+(README.md); for 64 streams it predicts 1.6 times the measured speed, so the table ends at 8.
 """
 import math
 import sys
@@ -31,7 +32,7 @@ class Model:
     window: int
     positions: int
     rows: int  # of the embedding
-    vision: int = 0  # parameters of the image part, which the checkpoint has and the GPU does not
+    vision: int = 0  # parameters of the image part: in the checkpoint, never on the GPU
 
     @property
     def parameters(self):
@@ -61,7 +62,7 @@ class Model:
         return self.layers - self.global_layers
 
 
-SIGLIP = 416_866_032  # and a projector: a norm of 1152 and a matrix of 1152 x hidden
+SIGLIP = 416_866_032  # the projector adds a norm of 1152 and a matrix of 1152 x hidden
 
 
 def image_part(hidden):
@@ -80,8 +81,8 @@ MODELS = [
 @dataclass
 class Gpu:
     name: str
-    memory: float  # bytes that CUDA reports, on the careful side of the nominal 24 and 96 GB
-    driver: float  # bytes that are taken before the server allocates any
+    memory: float  # bytes that CUDA reports; a low estimate for the nominal 24 and 96 GB
+    driver: float  # bytes in use before the server allocates any
     bandwidth: float  # nominal, bytes a second
     step: int  # --max-num-batched-tokens by default
 
@@ -93,14 +94,14 @@ GPUS = [
 # Dollars a second in us-central1, as the Cloud Billing API gave them in August 2026.
 L4_SECOND = {"single": 0.0001867, "redundant": 0.0002909}
 CPU_SECOND, GIB_SECOND = 0.000018, 0.000002
-CPUS, MEMORY = 4, 16  # of step 7's instance
+CPUS, MEMORY = 4, 16  # of the instance in step 7
 
 PAGE = 32  # tokens
 MOST_SEQUENCES = 256  # --max-num-seqs by default
-USUAL = 4096  # tokens of a sequence, for which the pools are split
+USUAL = 4096  # tokens of a sequence for which split_memory sizes the pools
 
 
-def groups(k):  # groups_of in gemma.cu
+def groups(k):  # groups_of in linear.cuh
     steps = next((s for s in (10, 9, 8) if k // 32 % s == 0), 1)
     slices = k // 32 // steps
     return math.gcd(slices, 4) if slices >= 16 else 1
@@ -133,7 +134,7 @@ def speed(m, gpu, batch, context=1024):
     return batch / ((m.weights + batch * kv) / gpu.bandwidth + kernels * 2e-6)
 
 
-def rounded(n):  # to two digits: it is a prediction
+def rounded(n):  # to two digits, since it is a prediction
     digits = max(0, len(str(int(n))) - 2)
     return f"{round(n / 10**digits) * 10**digits:,}"
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Hold the codelab's two pages against gcloud, the files that they name, and each other.
+"""Compare the codelab's two pages with gcloud, with the files that they name, and with each other.
 
     tests/codelab_test.py [-k NAME]    the standard library of Python 3.11 is enough
 
-Each page is walked: one bash runs its ```bash blocks in order, with a stub in the place of gcloud,
-curl, docker, git and ./dev, and with `set -euo pipefail`, so that an undefined variable is an error.
-What the stubs were called with is then checked: each gcloud command is given to the installed gcloud,
+Each page is walked: one bash runs its ```bash blocks in order, with stubs instead of gcloud, curl,
+docker, git and ./dev, and with `set -euo pipefail`, so that an undefined variable is an error. Then
+the arguments that the stubs got are checked: each gcloud command is given to the installed gcloud,
 which parses it and stops where it would need an account. Nothing here reaches a network.
 """
 import concurrent.futures
@@ -35,13 +35,13 @@ NO_ACCOUNT = "You do not currently have an active account selected"
 ROLES = {"artifactregistry.writer", "logging.logWriter", "run.builder", "run.invoker",
          "secretmanager.secretAccessor", "storage.objectViewer"}
 APIS = {f"{api}.googleapis.com" for api in ("run", "cloudbuild", "secretmanager", "artifactregistry")}
-# GPU of Cloud Run: its name in docs/sizes.py, and the least CPUs and GiB that it needs.
+# Cloud Run's name of a GPU: the name in docs/sizes.py, and the least CPUs and GiB that it requires.
 GPUS = {"nvidia-l4": ("L4", 4, 16), "nvidia-rtx-pro-6000": ("RTX PRO 6000", 20, 80)}
 
 STUB = f"#!{sys.executable} -IS" + r'''
 import json, os, re, shutil, sys
 name, args = os.path.basename(sys.argv[0]), sys.argv[1:]
-# Only a command that says so reads the pipe; the others share bash's own input.
+# Read stdin only for commands that read a pipe: the others have bash's own script as stdin.
 piped = name == "envsubst" or any(a == "-" or a.endswith("=-") for a in args)
 given = sys.stdin.read() if piped else ""
 with open(os.environ["WALK_LOG"], "a") as log:
@@ -65,7 +65,7 @@ elif name == "dev" and args[0] == "fetch":
     print(snapshot)
 '''
 STUBBED = ("gcloud", "curl", "docker", "git", "envsubst")
-REAL = ("sed", "cut", "grep", "mkdir", "basename")  # a page may use these, and bash's own commands
+REAL = ("sed", "cut", "grep", "mkdir", "basename")  # a page may use these and bash's built-ins
 
 
 class Block:
@@ -108,7 +108,7 @@ class Page:
 
 
 class Walk:
-    """What a page's commands call, and with which arguments."""
+    """Runs a page's commands; calls holds each call of a stub with its arguments."""
 
     def __init__(self, page, directory):
         self.page, self.directory = page, directory
@@ -134,17 +134,17 @@ class Walk:
                 "PATH": str(stubs), "HOME": str(directory), "LANG": "C.UTF-8", "WALK_LOG": str(log),
                 "WALK_TREE": str(tree), "WALK_PROJECT": PROJECT, "WALK_TOKEN": TOKEN})
         self.calls = [json.loads(line) for line in log.read_text().splitlines()]
-        for call in self.calls:  # the two walks differ in their directories alone
+        for call in self.calls:  # the two walks differ only in their directories
             call["same"] = [a.replace(str(directory), "DIR") for a in call["args"]]
 
     def gcloud(self, *words):
-        """The arguments of gcloud's calls that begin with these words."""
+        """The arguments of those calls of gcloud that begin with these words."""
         return [c["args"] for c in self.calls
                 if c["name"] == "gcloud" and c["args"][:len(words)] == list(words)]
 
 
 def flags(args):
-    """The --flag=value and --flag of a command."""
+    """A command's --flag=value and --flag, as a dictionary."""
     return {m[1]: m[2] if m[2] is not None else True
             for m in (re.match(r"--([a-z-]+)(?:=(.*))?$", a, re.S) for a in args) if m}
 
@@ -156,7 +156,7 @@ def gcloud_env(directory, **more):
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1", "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
             "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false", "CLOUDSDK_CORE_DISABLE_FILE_LOGGING": "1",
             "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
-            # Nobody listens there, so a request to the world would fail at once.
+            # Nothing listens there, so a request to the internet fails at once.
             "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", **more}
 
 
@@ -166,7 +166,7 @@ def run_gcloud(args, directory, stdin="", cwd=None, **more):
 
 
 class CloudRun(http.server.BaseHTTPRequestHandler):
-    """Stands for Cloud Run's API: no service is there yet, and what is to be made is refused."""
+    """A stub of Cloud Run's API: it knows no service, and refuses to create one."""
     posted = []
 
     def answer(self):
@@ -214,7 +214,7 @@ class Codelab(unittest.TestCase):
     def _formatMessage(self, msg, standardMsg):
         return super()._formatMessage(f"{self.at}: {msg or ''}" if self.at else msg, standardMsg)
 
-    # What the pages share ------------------------------------------------------------------------
+    # Both pages ----------------------------------------------------------------------------------
 
     def test_headings(self):
         en, vi = (page.headings() for page in self.pages.values())
@@ -259,7 +259,7 @@ class Codelab(unittest.TestCase):
                 self.assertEqual(rows, printed, f"docs/sizes.py {language} {which} prints another")
 
     def test_sizes_are_the_models(self):
-        # Of Hugging Face's checkpoints, and of README.md's prediction for an L4.
+        # Parameters of Hugging Face's checkpoints; then README.md's prediction for an L4.
         parameters = {"270M": 268_098_176, "1B": 999_885_952, "4B": 4_300_079_472,
                       "12B": 12_187_325_040, "27B": 27_432_406_640}
         self.assertEqual({m.name: m.parameters + m.vision for m in sizes.MODELS}, parameters)
@@ -309,11 +309,12 @@ class Codelab(unittest.TestCase):
         if not shutil.which("shellcheck"):
             self.skipTest("shellcheck is not installed")
         for page in self.each_page():
-            # One script, so that a later block knows an earlier one's variables. Those of .env may
-            # be anything: shellcheck would not ask for quotes around a value that it knows.
+            # All blocks are one script, so that later ones know the variables of earlier ones. The
+            # values of .env are hidden: shellcheck asks for no quotes around a value that it knows.
             names = re.findall(r"(?m)^(\w+)=", (ROOT / ".env").read_text())
             script = [*(f"{name}=$1" for name in names), *(block.text for block in page.bash())]
-            # 1091: `source .env` (it is above); 2034: a variable of .env; 2164: `cd` typed by hand
+            # 1091: `source .env` is not followed; 2034: an unused variable of .env; 2164: an
+            # unchecked `cd`, which a reader types by hand
             done = subprocess.run(
                 ["shellcheck", "--shell=bash", "--exclude=SC1091,SC2034,SC2164", "-"],
                 input="\n".join(script), capture_output=True, text=True)
@@ -410,7 +411,7 @@ class Codelab(unittest.TestCase):
         self.assertIn("no-cpu-throttling", said, "a GPU is billed by instance")
         self.assertIn("no-allow-unauthenticated", said)
         gpu = next(g for g in sizes.GPUS if g.name == name)
-        model = {"L4": "1B", "RTX PRO 6000": "27B"}[name]  # the largest that the page puts there so
+        model = {"L4": "1B", "RTX PRO 6000": "27B"}[name]  # the largest that the page deploys there
         model = next(m for m in sizes.MODELS if m.name == model)
         self.assertLessEqual(int(said["concurrency"]), sizes.sequences(model, gpu))
         probe = dict(pair.split("=") for pair in said["startup-probe"].split(","))
@@ -479,7 +480,7 @@ class Codelab(unittest.TestCase):
         self.assertTrue("id=hf_token" in dockerfile)
 
     def test_service_yaml(self):
-        """`services replace` asks Cloud Run for what `run deploy` asks for, field by field."""
+        """`services replace` sends Cloud Run the same request as `run deploy`, field by field."""
         if not shutil.which("gcloud"):
             self.skipTest("gcloud is not installed")
         walk = self.walks["en"]
@@ -494,7 +495,7 @@ class Codelab(unittest.TestCase):
         services = []
         for call in (deploy, replace):
             CloudRun.posted.clear()
-            # gcloud puts the region before the host's name, so the stub has to be its proxy.
+            # gcloud puts the region before the host's name, so the stub acts as its proxy.
             done = run_gcloud(
                 call["args"], self.directory / "api", call["stdin"], call["cwd"],
                 HTTP_PROXY=f"http://127.0.0.1:{server.server_port}",
@@ -507,7 +508,7 @@ class Codelab(unittest.TestCase):
 
 
 def plain(service):
-    """A service without what gcloud adds of itself."""
+    """A service without the fields that gcloud adds by itself."""
     def walk(value):
         if isinstance(value, dict):
             kept = {k: walk(v) for k, v in value.items()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Freeze what Hugging Face transformers computes, so that both engines can be held against it.
+"""Freeze results of Hugging Face transformers, with which the tests compare both engines.
 
     pip install -r tests/requirements.txt  # torch (CPU), transformers, sentencepiece, ...
     python tests/make_golden.py branches   # tiny random checkpoints, for every branch of the family
@@ -13,25 +13,25 @@ Everything goes to tests/golden/. Each JSON file is one golden, its .f32 file ha
     logits_file        raw little-endian float32, rows of vocab_size logits (absent for `real`)
     embed_scale        sqrt(hidden_size) rounded to bf16; transformers in fp32 was made to use it
     fp64_max_abs_diff  max |fp32 - fp64| over the fp32 rows: transformers against the float64
-                       forward in this file. It is what fp32 arithmetic costs here; a tolerance
+                       forward in this file. It is the error of fp32 arithmetic here; a tolerance
                        is a small multiple of it.
-    bf16_max_abs_diff  the same for transformers wholly in bf16 against fp32, over the bf16 rows
+    bf16_max_abs_diff  the same for transformers entirely in bf16 against fp32, over the bf16 rows
                        (real: over the 20 likeliest logprobs at each prompt's last position)
-    broken             how far the very last fp32 row moves (max abs) when one rule is broken;
-                       a test whose tolerance is below these sees the bug
-    prompts[]          each is a sequence of its own; together they make one ragged batch:
-      ids              prompt token ids, BOS included
-      greedy           ids of the fp32 greedy continuation, EOS not obeyed
+    broken             how far the last fp32 row moves (max abs) when one rule is broken; a test
+                       whose tolerance is smaller finds that bug
+    prompts[]          each is a sequence; together they are one ragged batch:
+      ids              prompt token ids, with BOS
+      greedy           ids of the fp32 greedy continuation, which EOS does not end
       positions        fp32 logits were kept at these positions of ids + greedy (0 = the BOS)
-      first_row        the row of positions[0] in logits_file, the others follow
+      first_row        the row of positions[0] in logits_file; the others follow
       bf16_row         the row of the bf16 logits at the prompt's last position (not real)
-      gaps             top-1 minus top-2 logit for each greedy token; min_gap the smallest
+      gaps             top-1 minus top-2 logit for each greedy token; min_gap is the smallest
       near_ties        {index, gap, ids}: greedy tokens with a gap below 0.05, both candidates
       text, greedy_text  the same as text (demo and real; SentencePiece's own decode)
       top              {index, ids, logprobs}: the 20 likeliest tokens (raw log-softmax) of the
                        distribution that chose greedy[index] (real)
 
-Everything runs on one thread. In its last bits a golden is still a fact of one machine: hence
+Everything runs on one thread. The last bits of a golden still depend on the machine: hence
 tolerances.
 """
 import argparse
@@ -60,8 +60,8 @@ def bf16(x):
 
 
 def load(folder, dtype):
-    """transformers' own model of a folder, with the embedding scale in bf16, as Gemma was trained
-    (in fp32 transformers would keep the square root unrounded)."""
+    """Loads a folder with transformers. The embedding scale is rounded to bf16, as when Gemma was
+    trained (in fp32 transformers would keep the square root unrounded)."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -98,7 +98,7 @@ def greedy(model, ids, count):
 
 
 def forward64(folder, config, ids, positions, broken=""):
-    """Gemma 3 in numpy float64: a second opinion on transformers, and the place to break a rule."""
+    """Gemma 3 in numpy float64: to check transformers, and to break single rules on purpose."""
     E, H, G = config.head_dim, config.num_attention_heads, config.num_key_value_heads
     T, eps = len(ids), config.rms_norm_eps
     files = sorted(Path(folder).glob("*.safetensors"))
@@ -268,7 +268,7 @@ def write(name, golden):
 
 # ---- branches: tiny random checkpoints ----------------------------------------------------------
 
-# Configurations as they lie on the hub, with all their differences: numbers small, spellings true.
+# Configurations as on the hub, with all their differences: real spellings, small numbers.
 FLAT = {  # google/gemma-3-1b-it
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
@@ -294,11 +294,11 @@ VISION = {
     "model_type": "siglip_vision_model", "num_attention_heads": 2, "num_hidden_layers": 1,
     "patch_size": 4, "vision_use_head": False,
 }
-SPARSE = {  # google/gemma-3-4b-it: text_config says only what differs from the defaults
+SPARSE = {  # google/gemma-3-4b-it: text_config has only what differs from the defaults
     "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
     "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
     "initializer_range": 0.02, "mm_tokens_per_image": 4, "model_type": "gemma3",
-    "text_config": {  # (also head_dim, both head counts, vocab_size: their defaults are not tiny)
+    "text_config": {  # (and head_dim, both head counts, vocab_size, whose defaults are not tiny)
         "head_dim": 64, "hidden_size": 64, "intermediate_size": 64, "model_type": "gemma3_text",
         "num_attention_heads": 4, "num_hidden_layers": 7, "num_key_value_heads": 2,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 64,
@@ -344,7 +344,7 @@ def random_text_weights(text, random):
     D, F, E = text["hidden_size"], text["intermediate_size"], text["head_dim"]
     H, G = text["num_attention_heads"], text["num_key_value_heads"]
     scalar = text.get("query_pre_attn_scalar", 256)
-    peak = math.sqrt(1.5 * math.sqrt(scalar / E))  # attention scores get a spread of about 1.5
+    peak = math.sqrt(1.5 * math.sqrt(scalar / E))  # attention scores then spread over about 1.5
     weights = {}
 
     def put(tail, shape, mean, spread):
@@ -431,11 +431,11 @@ def branches():
             root = "model." if name == "v5" else ""
             vision = vision_tensors(random, text["hidden_size"])
             tensors |= {root + key: tensor for key, tensor in vision.items()}
-        if name == "4b":  # fine-tunes often ship the tied lm_head again
+        if name == "4b":  # fine-tunes often contain the tied lm_head again
             tensors["language_model.lm_head.weight"] = weights["embed_tokens.weight"].clone()
         write_checkpoint(name, config, tensors, shards=2 if name == "4b" else 1)
         checkpoints = [name]
-        if name == "1b":  # the same values in the other two dtypes that a loader converts
+        if name == "1b":  # the same values in the two dtypes that a loader must convert
             for suffix, dtype in (("f16", torch.float16), ("f32", torch.float32)):
                 spelled = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
                 write_checkpoint(f"1b-{suffix}", spelled, tensors, dtype)

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Freeze in golden.json what Hugging Face transformers says to the tasks in tasks/.
+"""Freeze the results of Hugging Face transformers on the tasks in tasks/ in golden.json.
 
     pip install -r tests/requirements.txt
     python tests/clients/golden.py
 
-For each end of each sentence in facts.jsonl: the sum of its tokens' logprobs, their number, and
-whether each is the likeliest (greedy). For each question in answers.jsonl: the greedy answer up to
-the stop string. fp32 on one thread; see tests/make_golden.py, whose functions this uses.
+For each ending of each sentence in facts.jsonl: the sum of its tokens' logprobs, their number, and
+whether every token is the likeliest (greedy). For each question in answers.jsonl: the greedy answer
+up to the stop string. fp32 on one thread, with functions of tests/make_golden.py.
 
-tolerance is for one token's logprob, derived as in tests/engine_test.cpp: both sides are fp32, so
-they differ by the roundings of their sums. What these cost transformers is measured here against
-float64 (fp64_max_abs_diff); the server's may cost as much, and a factor of 4 covers other inputs'
-extremes. Then log softmax: the rounding of a logprob near -32, and 2^-40 steps of V probabilities.
-A sum of n tokens may be off by n times as much. Where the greedy choice decides, the two best
-logits must be further apart than twice the tolerance (checked here): the server's choice is then
-the same.
+tolerance is for one token's logprob, derived as in tests/engine_test.cpp: both sides compute in
+fp32, so they differ by the roundings of their sums. The error of transformers is measured here
+against float64 (fp64_max_abs_diff); the server's may be as large, and a factor of 4 covers the
+extremes of other inputs. Log softmax adds the rounding of a logprob near -32, and V probabilities
+rounded to 2^-40. A sum over n tokens may be off by n times as much. Where a greedy choice decides,
+the two best logits must be further apart than twice the tolerance (checked here), so that the
+server chooses the same token.
 """
 import json
 import sys
@@ -67,8 +67,8 @@ def main():
             chosen = logprobs[np.arange(len(tokens)), tokens]
             others = logprobs.copy()
             others[np.arange(len(tokens)), tokens] = -np.inf
-            lead = chosen - others.max(-1)  # above 0: the likeliest
-            # All are, or one is not by far.
+            lead = chosen - others.max(-1)  # above 0: the token is the likeliest
+            # Either every token is the likeliest by this gap, or one is clearly not.
             gaps.append(float(lead.min() if (lead > 0).all() else -lead.min()))
             ends.append({"loglikelihood": float(chosen.sum()), "tokens": len(tokens),
                          "greedy": bool((lead > 0).all())})

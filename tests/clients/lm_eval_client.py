@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness against the server at URL: its own command line, model local-completions
-(token ids, echo, logprobs), over tasks/. Each number must be Hugging Face's, frozen in golden.json.
+"""Run lm-evaluation-harness's own command line against the server at URL: its model is
+local-completions (token ids, echo, logprobs), its tasks are those in tasks/. Each number must be
+that of Hugging Face, frozen in golden.json.
 
-    lm_eval_client.py URL DIRECTORY    # what lm_eval writes goes to DIRECTORY
+    lm_eval_client.py URL DIRECTORY    # lm_eval writes to DIRECTORY
 """
 import json
 import os

@@ -35,8 +35,7 @@ def load(route, requests):
     assert made == {"successful": requests, "errored": 0, "incomplete": 0, "total": requests}, made
     answers = benchmark["requests"]["successful"]
     assert len(answers) == requests
-    # The server's usage says how many tokens there are: each request asked for TOKENS, past any
-    # end, and text came with them.
+    # The server's usage must count TOKENS for each request (ignore_eos), and each must have text.
     assert {answer["output_tokens"] for answer in answers} == {TOKENS}
     assert all(answer["output"] and answer["prompt_tokens"] > 16 for answer in answers)
     metrics = benchmark["metrics"]

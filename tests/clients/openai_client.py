@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""openai-python against three servers: does what it promises its users hold with this server?
+"""Run openai-python against three servers: its documented behaviour must hold with this server.
 
     openai_client.py PLAIN KEYED KEY SMALL    # SMALL has room for one sequence, and no queue
 """
@@ -112,7 +112,7 @@ def completions():
     check(stopped.text == whole.choices[0].text[:5] and stopped.finish_reason == "stop", stopped)
     check(stopped.model_extra["stop_reason"] == whole.choices[0].text[5:9], stopped)
 
-    # ids are prompts too: a batch of texts, then of their ids
+    # a batch of texts as prompts, then the same as ids
     texts = [PROMPT, "A GPU is a"]
     ids = [plain.post("/../tokenize", cast_to=object, body={"prompt": text})["tokens"]
            for text in texts]
@@ -123,7 +123,7 @@ def completions():
     check(batch.usage.prompt_tokens == sum(map(len, ids)) and batch.usage.completion_tokens == 16)
     check(complete(ids[0], max_tokens=8).choices[0].text == batch.choices[0].text)
 
-    # a bias, and the request's id
+    # logit_bias, and the request's id
     forced = complete(max_tokens=3, logit_bias={"1000": 100}, logprobs=0)
     check(len(set(forced.choices[0].logprobs.tokens)) == 1, forced)
     named = complete(max_tokens=1, extra_headers={"X-Request-Id": "client-7"})
@@ -195,7 +195,7 @@ def streams():
     counts = [chunk.usage.completion_tokens for chunk in chunks]
     check(counts == sorted(counts) and counts[-1] == usage.completion_tokens, counts)
 
-    # leaving in the middle
+    # closes a stream in the middle
     with complete(max_tokens=5000, stream=True, extra_body={"ignore_eos": True}) as stream:
         check(next(iter(stream)).choices)
 
@@ -234,7 +234,7 @@ def chats():
     check([choice.finish_reason for choice in deltas][-1] == "stop")
     check(all(choice.finish_reason is None for choice in deltas[:-1]))
 
-    # openai's own accumulator of chunks
+    # openai's own helper, which accumulates chunks
     with plain.chat.completions.stream(model=MODEL, messages=QUESTION, temperature=0) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion().choices[0]
@@ -312,12 +312,12 @@ def overload():
     full = raises(openai.RateLimitError, short)
     check(time.monotonic() < begun + 0.5, "refused, but late")
     check(full.status_code == 429 and full.response.headers["retry-after"] == "1", full.response)
-    # With retries it gets in, once the long one has gone.
+    # With retries a request gets in, once the long stream is closed.
     threading.Timer(0.3, stream.close).start()
     patient = short(client(SMALL, max_retries=5))
     check(patient.parse().usage.completion_tokens == 3 and patient.retries_taken >= 1, patient)
 
-    # One that gives up frees its place too.
+    # A request that times out frees its place too.
     raises(openai.APITimeoutError, lambda: small.completions.create(
         model=MODEL, timeout=0.5, **ENDLESS))
     left = time.monotonic()
@@ -351,7 +351,7 @@ def main():
                  overload, together):
         try:
             test()
-        except Exception:  # the others are worth knowing
+        except Exception:  # run the others too
             failed += 1
             print(f"openai-python: {test.__name__} failed", file=sys.stderr)
             traceback.print_exc()
