@@ -286,8 +286,8 @@ TEST_CASE("echo: the prompt's text before the output, in every form of a prompt"
                 check_lists(choice["logprobs"], size + 4, k, true);
                 CHECK(last(choice["logprobs"]["token_logprobs"], 4) ==
                       silent["choices"][i]["logprobs"]["token_logprobs"]);
-                CHECK(choice["prompt_logprobs"].size() ==
-                      size);  // echo with logprobs implies prompt_logprobs, as in vLLM
+                // Echo with logprobs implies prompt_logprobs, as in vLLM.
+                CHECK(choice["prompt_logprobs"].size() == size);
             }
         }
     }
@@ -690,8 +690,8 @@ TEST_CASE("control tokens in a text: by name if asked, and the stop by its own f
     }
     const json named{{"logit_bias", {{"105", 100}}}, {"max_tokens", 3}, {"stop", "turn><"}};
     const json choice = both(completions, with(named, {{"skip_special_tokens", false}}));
-    CHECK(first_text(choice) ==
-          "<start_of_");  // stop strings match the names of control tokens that are shown
+    // Stop strings match the names of control tokens that are shown.
+    CHECK(first_text(choice) == "<start_of_");
 }
 
 // [5] Refusals ------------------------------------------------------------------------------------
@@ -1069,8 +1069,8 @@ TEST_CASE("keys guard /v1 and nothing else", "[http]") {
                          "Bearer", "Bearer Bearer " + key}) {
                 CHECK(status("GET", "/v1/models", wrong) == 401);
                 CHECK(status("POST", completions, wrong) == 401);
-                CHECK(status("GET", "/v1/nothing", wrong) ==
-                      401);  // the key is checked before the path
+                // The key is checked before the path.
+                CHECK(status("GET", "/v1/nothing", wrong) == 401);
             }
             CHECK(status("GET", "/v1/nothing", "Bearer " + key) == 404);
         }
@@ -1180,8 +1180,8 @@ class Metrics {
             if (s.name == name + "_bucket") {
                 const size_t le = s.labels.find("le=\"");
                 need(le != std::string::npos, s.labels);
-                const double edge =
-                    std::strtod(s.labels.c_str() + le + 4, nullptr);  // strtod reads +Inf
+                // strtod reads +Inf too.
+                const double edge = std::strtod(s.labels.c_str() + le + 4, nullptr);
                 need(edge > limit && s.value >= before, name + " is not cumulative");
                 limit = edge, before = s.value;
             }

@@ -401,11 +401,11 @@ TEST_CASE("S2: honest streams beside readers that never read", "[http]") {
     };
     const size_t count = sized(10, 50);
     const auto start = Clock::now();
-    const auto honest =
-        at_once<Stream>(count, run);  // while the stalled clients' tokens are generated
+    // The stalled clients' tokens are generated meanwhile.
+    const auto honest = at_once<Stream>(count, run);
     const double beside = since(start);
-    CHECK(becomes(stalled().server.port, running,
-                  0));  // a client that does not read delays no sequence
+    // A client that does not read delays no sequence.
+    CHECK(becomes(stalled().server.port, running, 0));
     for (size_t i = 0; i < count; i++) {
         INFO(i);
         REQUIRE(honest[i].done);
@@ -1523,8 +1523,8 @@ TEST_CASE("K2: work ends when its client leaves, from queue, prefill and decode"
                 const auto start = Clock::now();
                 CHECK(becomes(s.port, gauge, 0));
                 seconds.push_back(since(start));
-                if (!queue)
-                    CHECK(metric(s.port, generated) < before + 2'000);  // long before max_tokens
+                // Generation stopped long before max_tokens.
+                if (!queue) CHECK(metric(s.port, generated) < before + 2'000);
             }
         }
         if (queue) {
@@ -1603,8 +1603,8 @@ TEST_CASE("K5: cold, cached and evicted prefixes and all sizes of steps give one
     size_t runs = 0;
     for (const char* step : {"16", "64", "512", "2048"}) {
         Server s({"--max-num-batched-tokens", step, "--num-gpu-blocks-override", "24"});
-        for (const size_t k :
-             {0, 0, 1, 1, 2, 3, 4, 0, 1, 0}) {  // the pools' 24 pages hold two prompts
+        // The pools' 24 pages hold two prompts.
+        for (const size_t k : {0, 0, 1, 1, 2, 3, 4, 0, 1, 0}) {
             INFO(step << " tokens a step, prompt " << k);
             const json got = run(k, s.port);
             if (expected.size() <= k) expected.push_back(got);
@@ -1754,8 +1754,8 @@ TEST_CASE("T2: a signal while loading, twice, SIGINT, and SIGKILL", "[http]") {
     REQUIRE(mkdtemp(folder.data()));
     const auto refs = std::filesystem::path(folder) / "hub/models--a--b/refs";
     std::filesystem::create_directories(refs);
-    REQUIRE(mkfifo((refs / "main").c_str(), 0600) ==
-            0);  // loading blocks: nothing writes this FIFO
+    // Loading blocks: nothing writes this FIFO.
+    REQUIRE(mkfifo((refs / "main").c_str(), 0600) == 0);
     for (const int signal : {SIGTERM, SIGINT}) {
         const int port = free_port();
         Child child({"a/b", "--host", "127.0.0.1", "--port", std::to_string(port)},

@@ -133,9 +133,9 @@ struct Fiber {
     unsigned index = 0;  // threadIdx.x
     void* stack = nullptr;
     size_t bytes = stack_bytes;
-    void* sanitizer =
-        nullptr;     // ASan: the fake stack while the fiber is suspended. TSan: its handle
-    int groups = 0;  // of cp.async, committed so far
+    // ASan: the fake stack while the fiber is suspended. TSan: its handle.
+    void* sanitizer = nullptr;
+    int groups = 0;            // of cp.async, committed so far
     std::vector<Copy> copies;  // pending, oldest first
 };
 
@@ -277,8 +277,8 @@ struct Multiprocessor {
         warp_count = blockDim.x / warp_size;
         arrange(order, warp_count);
         for (unsigned i = 0; i < warp_count; i++) arrange(warps[i].order, warp_size);
-        resume(warps[order[0]]
-                   .lanes[warps[order[0]].order[0]]);  // returns when the last thread has ended
+        // Returns when the last thread has ended.
+        resume(warps[order[0]].lanes[warps[order[0]].order[0]]);
     }
 
     void arrange(uint8_t* items, unsigned count) {
@@ -639,8 +639,8 @@ inline uint4 load_stream(const void* p) {
 inline void cp_async16(void* shared_target, const void* global_source) {
     need_16(shared_target, "cp_async16's target");
     need_16(global_source, "cp_async16's source");
-    [[maybe_unused]] volatile char seen =
-        static_cast<const char*>(global_source)[15];  // ASan checks the source now
+    // ASan checks this read of the source.
+    [[maybe_unused]] volatile char seen = static_cast<const char*>(global_source)[15];
     std::memset(shared_target, 0xff, 16);
     Fiber& me = *current;
     me.copies.push_back({shared_target, global_source, me.groups});
@@ -783,8 +783,8 @@ inline std::map<const void*, size_t> shared_limits;  // by kernel, as set by cud
 
 inline thread_local cuda::cudaError_t error = cuda::cudaSuccess;  // for cudaGetLastError
 inline thread_local std::string error_text;                       // of this thread's last error
-inline thread_local int captures =
-    0;  // that this thread has begun; it then may not wait or allocate
+// Captures that this thread has begun; it then may not wait or allocate.
+inline thread_local int captures = 0;
 
 inline cuda::cudaError_t fail(cuda::cudaError_t code, const std::string& why) {
     error_text = "cuda_on_cpu: " + why;

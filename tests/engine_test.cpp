@@ -753,8 +753,8 @@ TEST_CASE("logprobs are the raw logits', whatever is sampled") {
             CHECK(same({results[i]}, engine.model->step(alone)));
             CHECK(results[i].logprob == every[size_t(results[i].id)].logprob);
             if (i % 2) CHECK(results[i].id == 8);
-            if (i % 8 == 2)
-                CHECK(results[i].id == 7);  // its bias of 50 makes it exp(50) times as likely
+            // Its bias of 50 makes it exp(50) times as likely.
+            if (i % 8 == 2) CHECK(results[i].id == 7);
             if (i % 8 == 4)
                 CHECK((results[i].id == 3 || results[i].id == 8 || results[i].id == 300));
         }

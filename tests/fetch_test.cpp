@@ -475,8 +475,8 @@ TEST_CASE("--have prints the directory of a whole model, or nothing") {
     CHECK(world.run({"--have", name}).out == world.snapshot().string() + "\n");
     std::ofstream(world.folder() / other / "config.json") << "{}";
     fs::last_write_time(world.folder() / other, later);
-    CHECK(world.run({"--have", name}).status ==
-          1);  // the server would take this one, and it is not whole
+    // The server would take this one, and it is not whole.
+    CHECK(world.run({"--have", name}).status == 1);
 }
 
 // [3] Interruptions -------------------------------------------------------------------------------

@@ -755,8 +755,8 @@ std::vector<bf16> attention(Story& story, const std::vector<Part>& parts, std::v
         after = pages.read();
         return out_.read();
     };
-    const auto out =
-        cuts.size() > 2 ? run() : in_all_orders(run);  // one group suffices for the orders
+    // Orders of the threads are tested with a single group only.
+    const auto out = cuts.size() > 2 ? run() : in_all_orders(run);
     auto want_pages = before;
     auto want_out = of_pattern<bf16>(out.size());
     std::vector<bf16> rows;
@@ -1046,8 +1046,8 @@ std::vector<float> make_logits(Kind kind, int V, int vocab, size_t rows, uint64_
         if (kind == Kind::holes) z = id % 3 == 1 ? float(u * 2) : -INFINITY;
         if (kind == Kind::peaked) z = id % 500 == 7 ? float(u * 10000) : float(-20000 + u);
         if (kind == Kind::zeros) z = random.below(2) ? 0.f : random.below(2) ? -0.f : float(u);
-        if (kind == Kind::spikes)
-            z = id % 256 == 3 ? 0.f : -200.f;  // one id with weight in each block
+        // Spikes: one id of each block has weight.
+        if (kind == Kind::spikes) z = id % 256 == 3 ? 0.f : -200.f;
         if (id >= vocab) z = 30000;
     }
     return logits;

@@ -152,8 +152,8 @@ TEST_CASE("the project's name comes from the metadata server where no variable h
 }
 
 TEST_CASE("without a project's name there is no trace", "[http]") {
-    CloudServer s({},
-                  {"K_SERVICE=gemma", "GCE_METADATA_HOST=127.0.0.1:1"});  // nothing listens there
+    // Nothing listens there.
+    CloudServer s({}, {"K_SERVICE=gemma", "GCE_METADATA_HOST=127.0.0.1:1"});
     const std::string trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     const httplib::Headers header{{"X-Cloud-Trace-Context", trace + "/1"}};
     REQUIRE(ask_as("t", s.port, short_text, header).status == 200);

@@ -35,8 +35,8 @@ inline std::map<const Sequence*, Results> run(Model& model, Scheduler& scheduler
         const Batch& batch = scheduler.next();
         if (batch.tokens.empty()) return all;
         for (Delivery& token : scheduler.finish(model.step(batch))) {
-            if (!token.of_prompt && token.sequence->max_tokens == 0)
-                continue;  // it only says that the text has ended
+            // This Delivery only says that the text has ended.
+            if (!token.of_prompt && token.sequence->max_tokens == 0) continue;
             all[token.sequence.get()].push_back(std::move(token.result));
         }
     }

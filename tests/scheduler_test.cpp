@@ -128,8 +128,8 @@ Adjusted adjusted(const Wishes& wishes, const Ids& text, int prompt_tokens) {
         Adjustment& a = all[size_t(text[i])];
         a.repetition = wishes.repetition;
         if (i < size_t(prompt_tokens)) continue;
-        a.penalty +=
-            wishes.frequency + (a.id++ ? 0 : wishes.presence);  // a.id counts occurrences here
+        // Until the loop below, a.id counts occurrences.
+        a.penalty += wishes.frequency + (a.id++ ? 0 : wishes.presence);
     }
     for (int id = 0; id < vocabulary; id++) all[size_t(id)].id = id;
     return all;
@@ -503,8 +503,8 @@ class Machine {
     void check_window() const {
         for (const auto& job : live) {
             const Sequence& s = *job->sequence;
-            const int seen =
-                std::max(0, s.computed - limits.window + 1);  // first that the next sees
+            // The first position that the next token sees.
+            const int seen = std::max(0, s.computed - limits.window + 1);
             for (int i = 0; i < seen / page_tokens; i++)
                 must(s.pages[local_pool][size_t(i)] == -1, "a page behind the window is held");
         }

@@ -384,8 +384,8 @@ TEST_CASE("an image's newlines fuse with their neighbours") {
     const json image = {{"type", "image"}}, text = {{"type", "text"}, {"text", "x"}};
     const Ids ids = t.chat(chat_of({text, image, image}), Ending::closed);
     CHECK(std::count(ids.begin(), ids.end(), 262144) == 512);
-    CHECK(std::count(ids.begin(), ids.end(), 110) ==
-          1);  // "\n\n" after one image and "\n\n" before the next fuse
+    // "\n\n" after one image and "\n\n" before the next fuse.
+    CHECK(std::count(ids.begin(), ids.end(), 110) == 1);
     CHECK(Ids(ids.end() - 4, ids.end()) == Ids{256000, 108, 106, 107});
 }
 

@@ -17,8 +17,8 @@ __global__ void sliced_kernel(float* y,       // [16, 8]
                               const bf16* w,  // [8, K]
                               int K,
                               [[maybe_unused]] int slice) {  // steps of 32 k in a slice of K
-    float* sums =
-        reinterpret_cast<float*>(dynamic_shared());  // room for one [16, 8] for each slice
+    // Room for one [16, 8] for each slice.
+    float* sums = reinterpret_cast<float*>(dynamic_shared());
     const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
     const int warps = int(blockDim.x) / 32, g = lane / 4, t = lane % 4;
     const int share = (K / 32 + warps - 1) / warps;

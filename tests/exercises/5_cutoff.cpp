@@ -107,8 +107,8 @@ TEST_CASE("what is less likely than epsilon is never drawn, all else is") {
     check_drawn(logits, 5, {}, 0.05f, {0, 1, 2, 3});
     check_drawn(logits, 5, {}, 0.2f, {0, 2});
     check_drawn(logits, 5, {}, 0.9f, {0});  // the likeliest stays
-    check_drawn(logits, 5, {.temperature = 3}, 0.05f,
-                {0, 1, 2, 3, 4});  // the least likely has 0.13
+    // At temperature 3 the least likely id has 0.13.
+    check_drawn(logits, 5, {.temperature = 3}, 0.05f, {0, 1, 2, 3, 4});
 }
 
 TEST_CASE("ids without text do not count, and equally likely ids all stay or all go") {
@@ -122,8 +122,8 @@ TEST_CASE("before the other cuts") {
     check_drawn(logits, 5, {.min_p = 0.5f}, 0.35f, {0});
     check_drawn(logits, 5, {.top_k = 2}, 0.35f, {0});
     check_drawn(logits, 5, {.top_k = 3}, 0.08f, {0, 1, 2});
-    check_drawn(logits, 5, {.top_p = 0.85f}, 0.08f,
-                {0, 2});  // {0, 2} have 0.8 of the 0.9 that epsilon leaves
+    // {0, 2} have 0.8 of the 0.9 that epsilon leaves.
+    check_drawn(logits, 5, {.top_p = 0.85f}, 0.08f, {0, 2});
 }
 
 TEST_CASE("both engines draw the same, whatever else is asked") {
