@@ -122,7 +122,7 @@ struct Setup {
     }
 };
 
-using Book = std::map<std::string, std::pair<int, double>>;  // kernel -> launches, bytes
+using Profile = std::map<std::string, std::pair<int, double>>;  // kernel -> launches, bytes
 
 Profile profile_of(CudaModel& model, const StepShape& shape) {
     Profile profile;
@@ -396,7 +396,7 @@ void on_the_engine(const std::set<std::string>& sections) {
     row("read bandwidth, 4 GB", text("%.0f GB/s", bandwidth / 1e9), "");
     double engine = 0;
     {
-        CudaModel model(checkpoint, {256, 2 * step_tokens, 0.9});
+        CudaModel model(checkpoint, {2 * step_tokens, 0.9});
         // Local pages: 256 windows and one step. Global pages: 256 rows of 1,300 tokens.
         const int window = c.W / page_tokens + 2, step = 2 * step_tokens / page_tokens;
         const int pages[2] = {256 * (window + 1) + step, 256 * 1300 / page_tokens};
