@@ -1,25 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// http.cpp: the wire. Sitting 3, first. cpp-httplib parses and writes HTTP; what keeps it safe
-// among strangers is here and nowhere else, and holds for Debian 12's version (0.11.4) as for newer
-// ones:
+// http.cpp: the wire. Sitting 3, first. cpp-httplib parses and writes HTTP. This file, and no
+// other, keeps it safe against strangers, for Debian 12's version (0.11.4) as for newer ones.
+// docs/design.md, section 9, lists the library's traps.
 //
-//   [1] Connection   every byte that is read is counted, and has a deadline
-//   [2] Crowd        a thread for each connection; how many there may be, and how much of bodies
+//   [1] Connection   counts every byte that is read, and has a deadline
+//   [2] Connections  a thread for each; limits on their number and on memory for bodies
 //   [3] Refusals     one envelope for every error
-//   [4] Gate         what can be refused is refused before the body is read
+//   [4] Gate         refuses before the body is read, where the head suffices
 //   [5] HttpServer
-//
-// By itself the library (facts measured on 0.11.4 and 0.18.7) buffers a header line, a number of
-// headers and a chunked body without limit, decompresses, knows no deadline for a whole request,
-// queues five connections and serves them from a pool that idle ones fill, ends streams in their
-// midst when it is stopped, and ends the process if a stream's callback throws.
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <thread>
 
@@ -43,14 +39,24 @@ using nlohmann::ordered_json;
 
 namespace {
 
-constexpr size_t max_head = 64 << 10;  // of a request: its line and its headers
+constexpr size_t max_head = 64 << 10;  // request line and headers
 constexpr size_t max_body = 4 << 20;
 constexpr size_t max_connections = 2048;
-constexpr auto patience = 30s;  // for a request to come whole, and for a reader that takes nothing
+constexpr auto patience = 30s;  // to send a whole request; to take any of the answer
 
 // [1] Connection ----------------------------------------------------------------------------------
 
+std::chrono::milliseconds until(Clock::time_point end) {
+    return std::max(0ms, std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()));
+}
+
 class Connection : public httplib::Stream {
+    const int fd;
+    const Clock::time_point deadline = Clock::now() + patience;
+    char buffer[4096];
+    size_t at = 0, end = 0;  // buffer[at, end) is unread
+    size_t received = 0, may_receive = max_head;
+
   public:
     explicit Connection(int fd_) : fd(fd_) { here = this; }
     ~Connection() override {
@@ -59,12 +65,12 @@ class Connection : public httplib::Stream {
     }
     Connection(const Connection&) = delete;
 
-    // The one that this thread serves, for read_body: the library hands nothing through.
-    static thread_local Connection* here;
+    // The connection that this thread serves. read_body needs it, and the library does not pass it.
+    static inline thread_local Connection* here = nullptr;
 
     bool late() const { return Clock::now() >= deadline; }
-    // The head is whole. A body in chunks of a byte takes six times its size; 8 to be sure.
-    void expect_body() { allowed = taken + 8 * max_body; }
+    // Called behind the head. In chunks of a byte a body takes six times its size; 8 to be sure.
+    void expect_body() { may_receive = received + 8 * max_body; }
 
     ssize_t read(char* to, size_t size) override {
         if (at == end && !fill()) return -1;
@@ -82,16 +88,16 @@ class Connection : public httplib::Stream {
         }
     }
 
-    // Is the client still there? Its FIN, or a reset, says no, also behind unread bytes. So who
+    // A FIN or a reset says that the client has left, even behind unread bytes. So a client that
     // closes its sending side after the request counts as gone (README, Limits).
     bool is_peer_alive() const { return !(events(0, 0ms) & (POLLRDHUP | POLLHUP | POLLERR)); }
-    bool is_writable() const { return is_peer_alive(); }  // as 0.11.4 and 0.18.7 call it
+    bool is_writable() const { return is_peer_alive(); }  // 0.11.4 and 0.18.7 call this one
     bool is_readable() const override { return at < end || wait(POLLIN, 0ms); }
     int socket() const override { return fd; }
     void get_remote_ip_and_port(std::string&, int&) const override {}
     void get_local_ip_and_port(std::string&, int&) const override {}
-    // What versions from 0.41 on ask besides, the image's among them; virtual in some only, so
-    // these say no `override`.
+    // Versions from 0.41 on, the image's among them, call these too. Only some versions declare
+    // them virtual, so they cannot say `override`.
     bool wait_readable() const { return at < end || wait(POLLIN, patience); }
     bool wait_writable() const { return wait(POLLOUT, patience); }
     time_t duration() const { return 0; }
@@ -102,142 +108,129 @@ class Connection : public httplib::Stream {
         return poll(&p, 1, int(limit.count())) > 0 ? p.revents : short(0);
     }
     bool wait(short asked, std::chrono::milliseconds limit) const {
-        return events(asked, std::max(limit, 0ms)) & (asked | POLLHUP | POLLERR);
+        return events(asked, limit) & (asked | POLLHUP | POLLERR);
     }
 
     bool fill() {
-        const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
-        const size_t most = std::min(sizeof buffer, allowed - taken);
-        if (most == 0 || !wait(POLLIN, left) || late()) return false;
-        const ssize_t n = recv(fd, buffer, most, MSG_DONTWAIT);
+        const size_t room = std::min(sizeof buffer, may_receive - received);
+        if (room == 0 || !wait(POLLIN, until(deadline)) || late()) return false;
+        const ssize_t n = recv(fd, buffer, room, MSG_DONTWAIT);
         if (n <= 0) return false;
         at = 0;
         end = size_t(n);
-        taken += size_t(n);
+        received += size_t(n);
         return true;
     }
 
-    // To close while something is unread would reset the connection, and the answer might be lost
-    // with it. So what still comes is read and dropped, for a while.
+    // Reads and drops input for up to two seconds before the socket is closed: closing it with
+    // unread bytes would reset the connection, and the client could lose the answer.
     void linger() {
         shutdown(fd, SHUT_WR);
-        const auto until = Clock::now() + 2s;
-        const auto left = [&] {
-            return std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now());
-        };
-        while (left() > 0ms && wait(POLLIN, left())) {
+        const auto stop = Clock::now() + 2s;
+        while (Clock::now() < stop && wait(POLLIN, until(stop))) {
             if (recv(fd, buffer, sizeof buffer, MSG_DONTWAIT) <= 0) break;
         }
     }
-
-    const int fd;
-    const Clock::time_point deadline = Clock::now() + patience;
-    size_t allowed = max_head, taken = 0, at = 0, end = 0;
-    char buffer[4096];
 };
 
-thread_local Connection* Connection::here = nullptr;
+// [2] Connections ---------------------------------------------------------------------------------
 
-// [2] Crowd ---------------------------------------------------------------------------------------
-
-// A thread for each connection, made when it comes: 30 KB for one that idles, and none waits for
-// another's. The library's loop hands over a function that serves one connection.
-struct Crowd {
+// The connections of a server. Each has a thread of its own, so that none waits for another.
+struct Connections {
     std::mutex mutex;
     std::condition_variable changed;
-    int threads = 0;      // guarded by mutex
-    std::set<int> open;   // guarded by mutex: their sockets
-    bool closed = false;  // guarded by mutex: whoever still comes is sent away
+    int threads = 0;        // guarded by mutex
+    std::set<int> sockets;  // guarded by mutex
+    bool closed = false;    // guarded by mutex; true: each new connection gets 503
 
     // True while the accept loop serves a connection itself, because std::thread failed; such a
     // connection gets 503.
-    static thread_local bool no_thread;
+    static inline thread_local bool no_thread = false;
 
     void count(int change) {
         const std::lock_guard lock(mutex);
         threads += change;
         changed.notify_all();
     }
-    bool wait(std::chrono::milliseconds limit) {  // until all have left
+    bool wait(std::chrono::milliseconds limit) {  // until all threads have ended
         std::unique_lock lock(mutex);
         return changed.wait_for(lock, limit, [&] { return threads == 0; });
     }
 };
 
-thread_local bool Crowd::no_thread = false;
-
+// The library's accept loop calls enqueue() with a function that serves one connection.
 class Queue : public httplib::TaskQueue {
   public:
-    explicit Queue(std::shared_ptr<Crowd> c) : crowd(std::move(c)) {}
-    using Enqueued = decltype(std::declval<httplib::TaskQueue>().enqueue({}));  // void, or bool
+    explicit Queue(std::shared_ptr<Connections> c) : connections(std::move(c)) {}
+    using Enqueued = decltype(std::declval<httplib::TaskQueue>().enqueue({}));  // void, then bool
 
-    Enqueued enqueue(std::function<void()> serve_one) override {
-        crowd->count(+1);
+    Enqueued enqueue(std::function<void()> serve) override {
+        connections->count(+1);
         try {
-            std::thread([serve_one, who = crowd] {
-                serve_one();
-                who->count(-1);
+            std::thread([serve, counted = connections] {
+                serve();
+                counted->count(-1);
             }).detach();
         } catch (const std::system_error&) {
-            Crowd::no_thread = true;
-            serve_one();
-            Crowd::no_thread = false;
-            crowd->count(-1);
+            Connections::no_thread = true;
+            serve();
+            Connections::no_thread = false;
+            connections->count(-1);
         }
         return Enqueued(true);
     }
-    void shutdown() override { crowd->wait(std::chrono::hours(1)); }
+    // HttpServer::stop() ends this wait sooner, or the process exits.
+    void shutdown() override { connections->wait(std::chrono::hours(1)); }
 
   private:
-    const std::shared_ptr<Crowd> crowd;
+    const std::shared_ptr<Connections> connections;
 };
 
-// Memory of bodies until they are answered. Each has 64 KiB of its own. Larger bodies share 32 MiB;
-// while these are taken, their sockets are not read. The oldest reader may go beyond them,
-// otherwise two half-read bodies could block each other for ever.
+// Limits the memory of bodies that are not answered yet. Each body has 64 KiB of its own. Larger
+// bodies share 32 MiB; while these are taken, their sockets are not read. The oldest reader may go
+// beyond them, otherwise two half-read bodies could block each other for ever.
 class Budget {
+    std::mutex mutex;
+    std::condition_variable changed;
+    int64_t bytes_left = 32 << 20;  // guarded by mutex
+    uint64_t last_number = 0;       // guarded by mutex
+    std::set<uint64_t> readers;     // guarded by mutex: the numbers of shares, oldest first
+
   public:
+    // One body's part of the budget.
     class Share {
+        Budget& budget;
+        size_t taken = 0;
+        uint64_t number = 0;  // 0: the body has never been above 64 KiB
+
       public:
         explicit Share(Budget& b) : budget(b) {}
         ~Share() {
             const std::lock_guard lock(budget.mutex);
-            budget.left += int64_t(taken);
-            budget.shares.erase(number);
+            budget.bytes_left += int64_t(taken);
+            budget.readers.erase(number);
             budget.changed.notify_all();
         }
         Share(const Share&) = delete;
 
         bool cover(size_t size) {  // false: no room within 30 s
-            const size_t own = 64 << 10, more = size > own + taken ? size - own - taken : 0;
-            if (more == 0) return true;
+            constexpr size_t own = 64 << 10;
+            if (size <= own + taken) return true;
+            const size_t more = size - own - taken;
             std::unique_lock lock(budget.mutex);
             if (number == 0) {
-                number = ++budget.last;
-                budget.shares.insert(number);
+                number = ++budget.last_number;
+                budget.readers.insert(number);
             }
             const auto may_go_on = [&] {
-                return budget.left >= int64_t(more) || *budget.shares.begin() == number;
+                return budget.bytes_left >= int64_t(more) || *budget.readers.begin() == number;
             };
             if (!budget.changed.wait_for(lock, patience, may_go_on)) return false;
             taken += more;
-            budget.left -= int64_t(more);
+            budget.bytes_left -= int64_t(more);
             return true;
         }
-
-      private:
-        Budget& budget;
-        size_t taken = 0;
-        uint64_t number = 0;  // 0: none
     };
-
-  private:
-    std::mutex mutex;
-    std::condition_variable changed;
-    // guarded by mutex
-    int64_t left = 32 << 20;
-    uint64_t last = 0;
-    std::set<uint64_t> shares;  // oldest first
 };
 
 // [3] Refusals ------------------------------------------------------------------------------------
@@ -272,7 +265,7 @@ void refuse_with(httplib::Response& res, const Refusal& r) {
 
 // [4] Gate ----------------------------------------------------------------------------------------
 
-bool same(const std::string& a, const char* b) { return strcasecmp(a.c_str(), b) == 0; }
+bool iequals(const std::string& a, const char* b) { return strcasecmp(a.c_str(), b) == 0; }
 
 // Constant time: how long it takes says nothing about the key.
 bool equal_secrets(const std::string& a, const std::string& b) {
@@ -282,11 +275,11 @@ bool equal_secrets(const std::string& a, const std::string& b) {
     return CRYPTO_memcmp(hash[0], hash[1], SHA256_DIGEST_LENGTH) == 0;
 }
 
-// How a body comes is said once, and in one way: else two readers of the same bytes might see two
-// requests in them.
+// The head must give the size of the body once, and in one way: otherwise a proxy and this server
+// could see different requests in the same bytes.
 void check_framing(const httplib::Request& req) {
-    const size_t lengths = req.get_header_value_count("Content-Length"),
-                 codings = req.get_header_value_count("Transfer-Encoding");
+    const size_t lengths = req.get_header_value_count("Content-Length");
+    const size_t codings = req.get_header_value_count("Transfer-Encoding");
     const std::string length = req.get_header_value("Content-Length");
     const bool digits = !length.empty() && length.size() <= 18 &&
                         length.find_first_not_of("0123456789") == std::string::npos;
@@ -294,7 +287,7 @@ void check_framing(const httplib::Request& req) {
         throw Refusal{400, "a body has one Content-Length or one Transfer-Encoding", ""};
     if (lengths && !digits)
         throw Refusal{400, "Content-Length must be a number, got " + length.substr(0, 100), ""};
-    if (codings && !same(req.get_header_value("Transfer-Encoding"), "chunked"))
+    if (codings && !iequals(req.get_header_value("Transfer-Encoding"), "chunked"))
         throw Refusal{400, "Transfer-Encoding must be chunked", ""};
     if (lengths && std::stoull(length) > max_body)
         throw Refusal{413, "the body is over 4 MiB: Content-Length " + length, ""};
@@ -302,11 +295,11 @@ void check_framing(const httplib::Request& req) {
 
 void check_content(const httplib::Request& req) {
     if (req.has_header("Content-Encoding") &&
-        !same(req.get_header_value("Content-Encoding"), "identity"))
+        !iequals(req.get_header_value("Content-Encoding"), "identity"))
         throw Refusal{415, "Content-Encoding must be identity", ""};
     const std::string type = req.get_header_value("Content-Type");
     const size_t end = std::min(type.find_first_of("; \t"), type.size());
-    if (!same(type.substr(0, end), "application/json"))
+    if (!iequals(type.substr(0, end), "application/json"))
         throw Refusal{400, "Unsupported Media Type: Only 'application/json' is allowed", ""};
 }
 
@@ -317,77 +310,88 @@ void check_content(const httplib::Request& req) {
 struct HttpServer::Library : httplib::Server {
     const std::vector<Route> routes;
     const std::vector<std::string> api_keys;
-    const std::shared_ptr<Crowd> crowd = std::make_shared<Crowd>();
+    const std::shared_ptr<Connections> connections = std::make_shared<Connections>();
     Budget budget;
 
     Library(std::vector<Route> r, std::vector<std::string> keys)
         : routes(std::move(r)), api_keys(std::move(keys)) {
-        new_task_queue = [this] { return new Queue(crowd); };
+        new_task_queue = [this] { return new Queue(connections); };
         set_tcp_nodelay(true);
         set_keep_alive_max_count(1);
+        // Called once the head is read. Unhandled: the library calls the handler of Post.
         set_pre_routing_handler([this](const auto& req, auto& res) {
             auto& request = const_cast<httplib::Request&>(req);
-            // It would compress event streams, and hold them back until there is a block of it.
+            // The library would compress event streams, and hold them back until a block is full.
             request.headers.erase("Accept-Encoding");
-            request.ranges.clear();  // it would cut JSON
-            const bool body = guard(res, [&] { check(req, res); }) && req.method == "POST";
-            if (!body && res.status == -1) guard(res, [&] { answer(req, res, {}); });
-            return body ? HandlerResponse::Unhandled : HandlerResponse::Handled;
+            request.ranges.clear();  // the library would cut JSON
+            const bool passed = guard(res, [&] { check(req, res); });
+            if (passed && req.method == "POST") return HandlerResponse::Unhandled;
+            const bool answered = res.status != -1;  // by a refusal or by preflight()
+            if (!answered) guard(res, [&] { answer(req, res, {}); });
+            return HandlerResponse::Handled;
         });
         Post(".*", [this](const auto& req, auto& res, const httplib::ContentReader& read) {
             Budget::Share share(budget);
             guard(res, [&] { answer(req, res, read_body(req, read, share)); });
         });
-        set_error_handler([](const auto&, auto& res) {  // what the library itself refuses
+        set_error_handler([](const auto&, auto& res) {  // the library's own refusals have no body
             if (res.body.empty()) refuse_with(res, {res.status, "no valid HTTP request", ""});
         });
     }
 
-    // One connection, from its first byte to its end, in a thread of its own.
+    // Serves one connection, from its first byte to its end.
     bool process_and_close_socket(socket_t fd) override {
-        bool many, ok = false;
+        bool admitted;
         {
-            const std::lock_guard lock(crowd->mutex);
-            crowd->open.insert(fd);
-            many = Crowd::no_thread || crowd->closed || crowd->open.size() > max_connections;
+            const std::lock_guard lock(connections->mutex);
+            connections->sockets.insert(fd);
+            admitted = !Connections::no_thread && !connections->closed &&
+                       connections->sockets.size() <= max_connections;
         }
-        if (many) {
-            const std::string body = envelope({503, "too many connections", ""});
-            const std::string all = text(
-                "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                "Retry-After: 1\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
-                body.size(), body.c_str());
-            send(fd, all.data(), all.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-            ::shutdown(fd, SHUT_WR);
-        } else {
-            Connection connection(fd);
-            bool closed = true;
-            const std::function<void(httplib::Request&)> head = [&](httplib::Request&) {
-                connection.expect_body();
-            };
-            try {
-                ok = process(*this, connection, closed, head);
-            } catch (const std::exception& e) {  // out of memory, say: it would end the process
-                say(std::string("a connection ended with ") + e.what(), Severity::error);
-            }
-        }
-        const std::lock_guard lock(crowd->mutex);
-        crowd->open.erase(fd);
+        const bool ok = admitted && serve(fd);
+        if (!admitted) turn_away(fd);
+        const std::lock_guard lock(connections->mutex);
+        connections->sockets.erase(fd);
         close(fd);
         return ok;
     }
 
-    // Newer versions want addresses too, which nobody here looks at.
-    static bool process(auto& self, httplib::Stream& stream, bool& closed, const auto& head) {
-        if constexpr (requires { self.process_request(stream, true, closed, head); })
-            return self.process_request(stream, true, closed, head);
-        else
-            return self.process_request(stream, "", 0, "", 0, true, closed, head);
+    static void turn_away(int fd) {
+        const std::string body = envelope({503, "too many connections", ""});
+        const std::string all = text(
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            "Retry-After: 1\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
+            body.size(), body.c_str());
+        send(fd, all.data(), all.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+        ::shutdown(fd, SHUT_WR);
     }
 
-    static bool guard(httplib::Response& res, auto&& what) {
+    bool serve(int fd) {
+        Connection connection(fd);
+        bool closed = true;
+        const std::function<void(httplib::Request&)> after_head = [&](httplib::Request&) {
+            connection.expect_body();
+        };
         try {
-            what();
+            return process(*this, connection, closed, after_head);
+        } catch (const std::exception& e) {  // such as bad_alloc; uncaught, it ends the process
+            say(std::string("a connection ended with ") + e.what(), Severity::error);
+            return false;
+        }
+    }
+
+    // 0.11.4 takes no addresses; newer versions take them, and nothing here reads them.
+    static bool process(auto& self, httplib::Stream& stream, bool& closed, const auto& after_head) {
+        if constexpr (requires { self.process_request(stream, true, closed, after_head); })
+            return self.process_request(stream, true, closed, after_head);
+        else
+            return self.process_request(stream, "", 0, "", 0, true, closed, after_head);
+    }
+
+    // False: `step` threw, and res is the refusal.
+    static bool guard(httplib::Response& res, auto&& step) {
+        try {
+            step();
             return true;
         } catch (const Refusal& r) {
             refuse_with(res, r);
@@ -413,23 +417,25 @@ struct HttpServer::Library : httplib::Server {
             return preflight(req, res);
         if (!api_keys.empty() && req.path.starts_with("/v1")) {
             const std::string given = req.get_header_value("Authorization");
+            const bool bearer = iequals(given.substr(0, 7), "Bearer ");
             bool known = false;
-            for (const std::string& key : api_keys)
-                known |= same(given.substr(0, 7), "Bearer ") &&
-                         equal_secrets(given.substr(std::min<size_t>(7, given.size())), key);
+            for (const std::string& key : api_keys) {
+                if (bearer && equal_secrets(given.substr(7), key)) known = true;
+            }
             if (!known) throw Refusal{401, "Unauthorized", ""};
         }
-        const std::string what = req.method + " " + req.path.substr(0, 100);
-        if (!find("", req.path)) throw Refusal{404, what + " is not served", ""};
-        if (!find(req.method == "HEAD" ? "GET" : req.method, req.path)) {
+        const std::string request = req.method + " " + req.path.substr(0, 100);
+        if (!find("", req.path)) throw Refusal{404, request + " is not served", ""};
+        const Route* route = find(req.method == "HEAD" ? "GET" : req.method, req.path);
+        if (!route) {
             std::string allowed;
             if (find("GET", req.path)) allowed = "GET, HEAD";
             if (find("POST", req.path)) allowed += allowed.empty() ? "POST" : ", POST";
             res.set_header("Allow", allowed);
-            throw Refusal{405, what + " is not served: use " + allowed, ""};
+            throw Refusal{405, request + " is not served: use " + allowed, ""};
         }
         check_framing(req);
-        if (req.method == "POST" && find("POST", req.path)->body) check_content(req);
+        if (req.method == "POST" && route->body) check_content(req);
     }
 
     static void preflight(const httplib::Request& req, httplib::Response& res) {
@@ -448,16 +454,18 @@ struct HttpServer::Library : httplib::Server {
     std::string read_body(const httplib::Request& req, const httplib::ContentReader& read,
                           Budget::Share& share) {
         std::string body;
-        const bool comes = req.has_header("Content-Length") || req.has_header("Transfer-Encoding");
-        bool over = false, crowded = false;
-        const bool whole = !comes || read([&](const char* data, size_t size) {
-            over = body.size() + size > max_body;
-            crowded = !over && !share.cover(body.size() + size);
-            if (!over && !crowded) body.append(data, size);
-            return !over && !crowded;
+        if (!req.has_header("Content-Length") && !req.has_header("Transfer-Encoding")) return body;
+        std::optional<Refusal> refusal;
+        const bool whole = read([&](const char* data, size_t size) {
+            if (body.size() + size > max_body)
+                refusal = Refusal{413, "the body is over 4 MiB", ""};
+            else if (!share.cover(body.size() + size))
+                refusal = Refusal{503, "too many large bodies at a time", ""};
+            else
+                body.append(data, size);
+            return !refusal;
         });
-        if (over) throw Refusal{413, "the body is over 4 MiB", ""};
-        if (crowded) throw Refusal{503, "too many large bodies at a time", ""};
+        if (refusal) throw *refusal;
         if (!whole && Connection::here->late())
             throw Refusal{408, "the request did not come whole within 30 s", ""};
         if (!whole) throw Refusal{400, "the body did not come whole", ""};
@@ -479,7 +487,7 @@ struct HttpServer::Library : httplib::Server {
                 bool goes_on = false;
                 try {
                     goes_on = more(out);
-                } catch (const std::exception& e) {  // it would end the process
+                } catch (const std::exception& e) {  // uncaught, it ends the process
                     say(std::string("an answer ended with ") + e.what(), Severity::error);
                     return false;
                 }
@@ -495,12 +503,14 @@ struct HttpServer::Library : httplib::Server {
 HttpServer::HttpServer(const std::string& host, int wanted, std::vector<Route> routes,
                        std::vector<std::string> api_keys)
     : library(std::make_unique<Library>(std::move(routes), std::move(api_keys))) {
-    // The library would share the port with another server (SO_REUSEPORT) and queue 5 connections.
+    // Replaces the library's own options, which would share the port with another server
+    // (SO_REUSEPORT); the listen() below replaces its backlog of 5.
     int listening = -1;
-    errno = 0;
+    errno = 0;  // stays 0 if the name cannot be resolved
     library->set_socket_options([&](int fd) {
         const int yes = 1;
-        setsockopt(listening = fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+        listening = fd;
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     });
     if (wanted == 0)
         port = library->bind_to_any_port(host);
@@ -512,27 +522,29 @@ HttpServer::HttpServer(const std::string& host, int wanted, std::vector<Route> r
     }
     listener = std::thread([this] {
         library->listen_after_bind();
-        const std::lock_guard lock(library->crowd->mutex);
-        if (library->crowd->closed) return;
-        say("no connection can be accepted any more", Severity::error);  // out of memory, say
+        const std::lock_guard lock(library->connections->mutex);
+        if (library->connections->closed) return;
+        say("no connection can be accepted any more", Severity::error);  // such as out of memory
         std::_Exit(1);
     });
-    while (!library->is_running()) std::this_thread::yield();  // stop() would not reach it before
+    while (!library->is_running()) std::this_thread::yield();  // until then, stop() has no effect
 }
 
-// Nobody new; those who have sent no request are cut at once, those who read an answer soon.
+// New connections get 503, and the accept loop ends. Then SHUT_RD ends every read at once, and
+// every answer when it next asks is_peer_alive(). 300 ms later SHUT_RDWR ends writes to slow
+// readers too.
 bool HttpServer::stop() {
     {
-        const std::lock_guard lock(library->crowd->mutex);
-        library->crowd->closed = true;
+        const std::lock_guard lock(library->connections->mutex);
+        library->connections->closed = true;
     }
     library->stop();
     for (const int how : {SHUT_RD, SHUT_RDWR}) {
         {
-            const std::lock_guard lock(library->crowd->mutex);
-            for (const int fd : library->crowd->open) ::shutdown(fd, how);
+            const std::lock_guard lock(library->connections->mutex);
+            for (const int fd : library->connections->sockets) ::shutdown(fd, how);
         }
-        if (!library->crowd->wait(300ms)) continue;
+        if (!library->connections->wait(300ms)) continue;
         listener.join();
         return true;
     }
@@ -540,8 +552,7 @@ bool HttpServer::stop() {
 }
 
 HttpServer::~HttpServer() {
-    if (listener.joinable())
-        std::_Exit(1);  // someone is still inside what is about to be destroyed
+    if (listener.joinable()) std::_Exit(1);  // a connection's thread may still use *library
 }
 
 }  // namespace gemma
