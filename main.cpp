@@ -4,7 +4,7 @@
 // Beside the path.
 //
 //   [1] Flags
-//   [2] Memory    who gets how many pages
+//   [2] Memory    how many pages each pool gets
 //   [3] Start
 //   [4] Stop
 #include <algorithm>
@@ -63,16 +63,18 @@ const std::vector<Field<Options>> flags{
 };
 
 std::string help() {
-    std::string s =
-        "gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...\n\n"
-        "Serves Gemma 3 over the OpenAI API. The flags are named as vLLM's, with - or _; of\n"
-        "vLLM's flags there are these:\n\n";
+    std::string s = R"(gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...
+
+Serves Gemma 3 over the OpenAI API. The flags are named as vLLM's, with - or _; of
+vLLM's flags there are these:
+
+)";
     for (const auto& f : flags) s += text("  --%-30s%s\n", f.name, f.help);
-    return s +
-           "\nThe cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and "
-           "SIGINT\n"
-           "let what runs end, for 8 s. 8k is 8000 and 8K is 8192. --check loads and checks the "
-           "flags\nand the model's name, and does not serve; --version prints the version.\n";
+    return s + R"(
+The cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and SIGINT
+let what runs end, for 8 s. 8k is 8000 and 8K is 8192. --check loads and checks the flags
+and the model's name, and does not serve; --version prints the version.
+)";
 }
 
 const Field<Options>& find_flag(const std::string& name) {
@@ -91,9 +93,10 @@ bool is_switch(const Field<Options>& f) {
     return std::holds_alternative<bool Options::*>(f.member);
 }
 
-// As vLLM reads a length, 25.6k is 25600 and 1K is 1024.
+// As in vLLM, 25.6k is 25600 and 1K is 1024. Without such a unit the value stays as it is.
 json read_length(const Field<Options>& f, const std::string& value) {
-    const double unit = value.ends_with('k') ? 1000 : value.ends_with('K') ? 1024 : 0;
+    if (!value.ends_with('k') && !value.ends_with('K')) return value;
+    const double unit = value.ends_with('k') ? 1000 : 1024;
     const double number = as_number(value.substr(0, value.size() - 1)) * unit;
     return number >= f.low && number <= f.high ? json(number) : json(value);
 }
@@ -108,7 +111,6 @@ void set_flag(Options& options, const std::string& name, const std::vector<std::
     assign(options, f, name == "max-model-len" ? read_length(f, values[0]) : json(values[0]));
 }
 
-// Flags from the environment, which flags of the command line overrule.
 void set_from_environment(Options& options) {
     for (const auto& [variable, flag] :
          {std::pair("PORT", "port"), std::pair("MODEL_NAME", "model"),
@@ -124,11 +126,11 @@ void set_from_environment(Options& options) {
     }
 }
 
-// [MODEL] and flags in any order. A flag takes the next word; a list takes all up to the next flag,
-// as vLLM's does, so MODEL cannot stand behind a list.
+// Reads [MODEL] and flags in any order. A flag takes the next word. A list takes all words up to
+// the next flag, as in vLLM, so MODEL cannot stand behind a list.
 Options parse_flags(const std::vector<std::string>& args) try {
     Options options;
-    set_from_environment(options);
+    set_from_environment(options);  // first, so that the command line's flags win
     bool has_model = false;
     for (size_t i = 0; i < args.size(); i++) {
         const std::string& arg = args[i];
@@ -168,55 +170,54 @@ Options parse_flags(const std::vector<std::string>& args) try {
 
 // [2] Memory --------------------------------------------------------------------------------------
 
-// Splits an engine's memory between the pools (docs/design.md, "Pages"), and finds max_model_len.
+// Divides an engine's memory between the pools (docs/design.md, "Pages"), and finds max_model_len.
 struct MemorySplit {
     Limits limits;
     int max_model_len;
 };
 MemorySplit split_memory(const Config& c, const Options& o, const KvMemory& memory) {
     Limits limits{int(o.max_num_seqs), int(o.max_num_batched_tokens), c.W, {0, 0}};
-    const auto pages_for = [](int64_t tokens) { return (tokens + page_tokens - 1) / page_tokens; };
-    const int64_t window = (c.W + page_tokens - 2) / page_tokens + 1,
-                  step = pages_for(limits.max_batched_tokens) + 1;
-    const int64_t local_bytes = int64_t(memory.page[local_pool]), budget = int64_t(memory.budget);
+    const int64_t window = limits.window_pages();
+    const int64_t step = Limits::pages_for(limits.max_batched_tokens) + 1;
+    const int64_t local_bytes = int64_t(memory.page[local_pool]);
     const int64_t global_bytes = std::max<int64_t>(1, int64_t(memory.page[global_pool]));
-
-    // One sequence of max_model_len must fit.
+    const int64_t budget = int64_t(memory.budget);
+    // First, one sequence of max_model_len must fit. Its pages in the global pool:
     int64_t room = std::max<int64_t>(0, budget - (window + step) * local_bytes) / global_bytes;
     if (o.pages > 0) room = o.pages >= window ? o.pages : 0;
-    const int64_t asked = o.max_model_len > 0 ? o.max_model_len : c.max_positions;
-    const int64_t length = std::min({asked, int64_t(c.max_positions), room * page_tokens});
+    const int asked = o.max_model_len > 0 ? int(o.max_model_len) : c.max_positions;
+    const int length = int(std::min<int64_t>({asked, c.max_positions, room * page_tokens}));
     if (o.max_model_len > c.max_positions)
-        throw Error(text("max_model_len %ld does not fit: the model has %d positions", long(asked),
+        throw Error(text("max_model_len %d does not fit: the model has %d positions", asked,
                          c.max_positions));
     if (length == 0 || (o.max_model_len > 0 && length < asked)) {
+        const int pages = Limits::pages_for(asked);
+        const int64_t needed = pages * global_bytes + (window + step) * local_bytes;
         throw Error(
-            text("max_model_len %ld does not fit: one sequence needs %ld pages (%.2f GB), and "
-                 "there is room for %ld (%.2f GB)",
-                 long(asked), long(pages_for(asked)),
-                 double(pages_for(asked) * global_bytes + (window + step) * local_bytes) / 1e9,
-                 long(room), double(budget) / 1e9));
+            text("max_model_len %d does not fit: one sequence needs %d pages (%.2f GB), "
+                 "and there is room for %ld (%.2f GB)",
+                 asked, pages, needed / 1e9, long(room), budget / 1e9));
     }
     if (length < asked)
-        say(text("max_model_len is %ld, lowered from %ld to what fits", long(length), long(asked)));
-    // Then as many sequences of a usual length as fit both pools; the rest is global.
-    int64_t S = limits.max_num_seqs;
-    const int64_t usual = pages_for(std::min<int64_t>(4096, length));
-    const auto bytes = [&] {
-        return (S * window + step) * local_bytes +
-               std::max(S * usual, pages_for(length)) * global_bytes;
+        say(text("max_model_len is %d, lowered from %d to what fits", length, asked));
+    // Then as many sequences of a usual length as fit both pools. The global pool gets the rest.
+    const int64_t usual = Limits::pages_for(std::min(4096, length));
+    const int64_t longest = Limits::pages_for(length);
+    const auto bytes_for = [&](int64_t sequences) {
+        return (sequences * window + step) * local_bytes +
+               std::max(sequences * usual, longest) * global_bytes;
     };
-    while (S > 1 && bytes() > budget) S--;
-    const int64_t local = S * window + step, rest = (budget - local * local_bytes) / global_bytes;
-    limits.pages[local_pool] = int(o.pages > 0 ? o.pages : local);
-    limits.pages[global_pool] =
-        int(o.pages > 0 ? o.pages : std::min(rest, limits.max_num_seqs * pages_for(length)));
-    return {limits, int(length)};
+    int64_t sequences = limits.max_num_seqs;
+    while (sequences > 1 && bytes_for(sequences) > budget) sequences--;
+    const int64_t local = sequences * window + step;
+    const int64_t rest = (budget - local * local_bytes) / global_bytes;
+    limits.pages[local_pool] = int(local);
+    limits.pages[global_pool] = int(std::min(rest, limits.max_num_seqs * longest));
+    if (o.pages > 0) limits.pages[local_pool] = limits.pages[global_pool] = int(o.pages);
+    return {limits, length};
 }
 
 // [3] Start ---------------------------------------------------------------------------------------
-
-int threads() { return int(std::max(1u, std::thread::hardware_concurrency())); }
 
 #if defined(__AVX512F__)
 constexpr const char* instructions = "AVX-512";
@@ -226,8 +227,18 @@ constexpr const char* instructions = "AVX2";
 constexpr const char* instructions = "a processor without AVX2: it is slow";
 #endif
 
-// The engine that --device asks for, and the defaults that depend on it. Not before
-// SIGTERM is blocked: the GPU's driver starts threads, which inherit that.
+// Each sequence of a step has at least one of its tokens.
+void fill_step_limits(Options& o, int64_t default_tokens) {
+    int64_t& tokens = o.max_num_batched_tokens;
+    if (tokens < 0) tokens = default_tokens;
+    if (o.max_num_seqs > tokens)
+        say(text("max_num_seqs is %ld, lowered from %ld to the tokens of a step", long(tokens),
+                 long(o.max_num_seqs)));
+    o.max_num_seqs = std::min(o.max_num_seqs < 0 ? 256 : o.max_num_seqs, tokens);
+}
+
+// Opens the engine that --device asks for, and fills in the options that depend on it. SIGTERM must
+// be blocked before: the GPU's driver starts threads, which inherit the mask.
 std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
 #if GEMMA_CUDA
     const std::string missing = o.device == "cpu" ? "--device says so" : cuda_missing();
@@ -235,31 +246,24 @@ std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
     const std::string missing = "this build has no CUDA engine (./dev build --cuda makes one)";
 #endif
     const bool gpu = missing.empty();
+    const int threads = int(std::max(1u, std::thread::hardware_concurrency()));
     if (!gpu && o.device == "cuda") throw Error("--device cuda: " + missing);
     say_step("device: " + (gpu ? "cuda, because there is a GPU" : "cpu, because " + missing));
-    if (!gpu) say(text("%d threads, built for %s", threads(), instructions));
+    if (!gpu) say(text("%d threads, built for %s", threads, instructions));
     if (!gpu && o.gpu_memory_utilization > 0)
         say("--gpu-memory-utilization: without effect on the CPU");
     if (o.gpu_memory_utilization < 0) o.gpu_memory_utilization = 0.9;
-    int64_t& tokens = o.max_num_batched_tokens;
-    const auto choose = [&](int64_t otherwise) {
-        if (tokens < 0) tokens = otherwise;
-        if (o.max_num_seqs > tokens)
-            say(text("max_num_seqs is %ld, lowered from %ld to the tokens of a step", long(tokens),
-                     long(o.max_num_seqs)));
-        o.max_num_seqs = std::min(o.max_num_seqs < 0 ? 256 : o.max_num_seqs, tokens);
-    };
 #if GEMMA_CUDA
     if (gpu) {
-        choose(cuda_step_tokens());
-        return open_cuda(checkpoint, {int(tokens), o.gpu_memory_utilization});
+        fill_step_limits(o, cuda_step_tokens());
+        return open_cuda(checkpoint, {int(o.max_num_batched_tokens), o.gpu_memory_utilization});
     }
 #endif
-    choose(32 * threads());
+    fill_step_limits(o, 32 * threads);
     return open_cpu(checkpoint);
 }
 
-// What a service needs, and what must outlive it.
+// The service and its engine refer to these, so they must outlive both.
 struct Loaded {
     std::optional<Checkpoint> checkpoint;
     std::optional<Tokenizer> tokenizer;
@@ -267,7 +271,7 @@ struct Loaded {
 
 void load(Loaded& loaded, Options o, Service& service) {
     const std::string directory = find_model(o.model);
-    // Beside the driver's start and the upload: neither needs the tokenizer.
+    // In a thread of its own, since the driver's start and the upload do not need the tokenizer.
     auto reading = std::async(std::launch::async,
                               [&] { loaded.tokenizer.emplace(directory + "/tokenizer.model"); });
     const Checkpoint& checkpoint = loaded.checkpoint.emplace(directory);
@@ -283,8 +287,8 @@ void load(Loaded& loaded, Options o, Service& service) {
     model->allocate_pages(limits.pages);
     const SamplingDefaults& d = checkpoint.defaults;
     say(
-        text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g, repetition_penalty "
-             "%g",
+        text("sampling defaults: temperature %g, top_k %d, top_p %g, min_p %g, "
+             "repetition_penalty %g",
              d.temperature, d.top_k, d.top_p, d.min_p, d.repetition_penalty));
     say_step(text("KV pages of 32 tokens: %d local (%d tokens), %d global (%ld tokens)",
                   limits.pages[local_pool], limits.pages[local_pool] * page_tokens,
@@ -295,12 +299,11 @@ void load(Loaded& loaded, Options o, Service& service) {
     say(text("ready in %.2f s", seconds_since_start()));
 }
 
-// The id of the project that this runs in, from Google Cloud's metadata server, by its fixed
-// address: a name would wait for DNS where there is none.
+// The id of the Google Cloud project, from the metadata server. Its address is fixed: a name could
+// wait for DNS on a machine that has none.
 std::string find_project() {
+    if (const char* const given = std::getenv("GOOGLE_CLOUD_PROJECT")) return given;
     const char* const host = std::getenv("GCE_METADATA_HOST");
-    const char* const given = std::getenv("GOOGLE_CLOUD_PROJECT");
-    if (given) return given;
     httplib::Client metadata(text("http://%s", host ? host : "169.254.169.254"));
     metadata.set_connection_timeout(1);
     metadata.set_read_timeout(1);
@@ -315,8 +318,8 @@ std::string find_project() {
 constexpr auto to_end = std::chrono::seconds(8);
 constexpr auto to_cut = std::chrono::milliseconds(500);
 
-// SIGTERM and SIGINT wait for sigwait, in every thread that is made from here on. Process 1, which
-// the server is in a container, would not even end by them otherwise.
+// SIGTERM and SIGINT stay pending until sigwait, also in threads that start later. Unblocked, they
+// would have no effect on process 1, which the server is in a container.
 sigset_t block_signals() {
     sigset_t signals;
     sigemptyset(&signals);
@@ -330,9 +333,8 @@ int serve(const Options& options) {
     const sigset_t signals = block_signals();
     rlimit files;
     getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;  // 1,024 by default, and a connection is one
+    files.rlim_cur = files.rlim_max;  // each connection is a file, and the default is 1,024
     setrlimit(RLIMIT_NOFILE, &files);
-
     Loaded loaded;
     Service service(options);
     HttpServer http(options.host, int(options.port), service.routes(), options.api_key);
@@ -367,7 +369,7 @@ int serve(const Options& options) {
         service.cut = true;
         service.drained(to_cut);
     }
-    // If any thread may still use these objects, exit without destroying them.
+    // If a thread may still use these objects, exit without destroying them.
     if (!http.stop() || !open || !service.rests(to_cut)) std::_Exit(failed);
     loading.join();
     return failed;
@@ -381,13 +383,13 @@ int main(int argc, char** argv) try {
     if (asks("--help") || asks("-h")) return std::puts(gemma::help().c_str()) < 0;
     if (asks("--version")) return std::printf("gemma-server %s\n", gemma::build_name) < 0;
     gemma::block_signals();  // from the first moment, and through execv
-    // OpenMP's library reads GOMP_SPINCOUNT when it is loaded, so the program starts twice. By its
-    // own measure threads spin for milliseconds at each barrier: beside one busy process on two
-    // cores a token of the demo took 4.6 ms, so 1.6 (alone 0.42 and 0.51).
+    // OpenMP's library reads GOMP_SPINCOUNT when it is loaded, so the program sets it and executes
+    // itself again. Unset, threads spin for milliseconds at each barrier, and a busy process beside
+    // them makes each token three times as slow (docs/design.md, section 10).
     if (!std::getenv("GEMMA_STARTED")) {
         setenv("GEMMA_STARTED", gemma::text("%.3f", gemma::seconds()).c_str(), 1);
         setenv("GOMP_SPINCOUNT", "2000", 0);
-        execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // by name, for ps
+        execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // its name, for ps
     }
     const gemma::Options options = gemma::parse_flags(args);
     return options.check ? 0 : gemma::serve(options);
