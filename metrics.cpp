@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// metrics.cpp: what /metrics shows, in vLLM's names, as one table; and Prometheus' text of it.
+// metrics.cpp: one table names each figure as vLLM does, and page() writes Prometheus' text of it.
 // Beside the path.
-#include <cstring>
 #include <variant>
 
 #include "log.h"
@@ -11,13 +10,13 @@
 namespace gemma {
 
 struct Metric {
-    const char *name, *type;
+    const char *name, *type;  // Prometheus' types: gauge, counter, histogram
     std::variant<double Figures::*, Histogram Figures::*> member;
-    std::vector<double> buckets = {};  // none: sizes, 1 2 5 10 ... up to max_model_len
-    const char* label = "";
+    std::vector<double> bounds = {};  // empty: 1 2 5 10 20 50 ... up to max_model_len
+    const char* label = "";           // follows other labels, so it starts with a comma
 };
 
-// Upper bounds, as vLLM's.
+// The bounds of vLLM's buckets.
 const std::vector<double> token_times{.001, .005, .01, .02, .04, .06, .08, .1, .25, .5,  .75,
                                       1,    2.5,  5,   7.5, 10,  20,  40,  80, 160, 640, 2560};
 const std::vector<double> gap_times{.01, .025, .05, .075, .1,  .15, .2, .3, .4, .5,
@@ -26,7 +25,7 @@ const std::vector<double> request_times{.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10, 
                                         30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 const std::vector<double> step_sizes{1,   8,    16,   32,   64,   128,  256,
                                      512, 1024, 2048, 4096, 8192, 16384};
-// vLLM's names, those of its older and newer versions.
+// Some figures have two names, since vLLM renamed them: dashboards of either version work.
 const Metric metrics_table[] = {
     {"num_requests_running", "gauge", &Figures::running},
     {"num_requests_waiting", "gauge", &Figures::waiting},
@@ -67,8 +66,9 @@ Metrics::Metrics(int max_model_len) {
     }
     for (const Metric& m : metrics_table) {
         if (const auto* histogram = std::get_if<Histogram Figures::*>(&m.member)) {
-            (figures.**histogram).bounds = m.buckets.empty() ? sizes : m.buckets;
-            (figures.**histogram).counts.resize((figures.**histogram).bounds.size() + 1);
+            Histogram& h = figures.**histogram;
+            h.bounds = m.bounds.empty() ? sizes : m.bounds;
+            h.counts.resize(h.bounds.size() + 1);
         }
     }
 }
@@ -78,32 +78,31 @@ std::string Metrics::page(const std::string& labels, const std::string& cache_co
         "# HELP vllm:cache_config_info of each of the two pools of pages\n"
         "# TYPE vllm:cache_config_info gauge\nvllm:cache_config_info{" +
         labels + cache_config + "} 1.0\n";
-    Figures now;  // a copy: the engine must not wait while this is written
+    Figures now;  // a copy, so that the engine does not wait while the text is written
     change([&](const Figures& f) { now = f; });
-    const char* last = "";
+    std::string last_name;
     for (const Metric& m : metrics_table) {
-        const bool counter = m.type[0] == 'c';
+        const bool counter = std::string_view(m.type) == "counter";
         const std::string name = std::string("vllm:") + m.name + (counter ? "_total" : "");
-        if (std::strcmp(last, m.name) != 0)
+        if (name != last_name)  // lines that differ in their labels share one head
             out += text("# HELP %s as vLLM's\n# TYPE %s %s\n", name.c_str(), name.c_str(), m.type);
-        last = m.name;
-        const auto line = [&](const std::string& suffix, const std::string& more, double value) {
+        last_name = name;
+        const auto add = [&](const std::string& suffix, const std::string& more, double value) {
             out += name + suffix + "{" + labels + more + text("} %.17g\n", value);
         };
         if (const auto* number = std::get_if<double Figures::*>(&m.member)) {
-            line("", m.label, now.**number);
+            add("", m.label, now.**number);
             continue;
         }
         const Histogram& h = now.*std::get<Histogram Figures::*>(m.member);
-        uint64_t count = 0;
+        uint64_t count = 0;  // Prometheus' buckets count everything up to their bound
         for (size_t i = 0; i <= h.bounds.size(); i++) {
             count += h.counts[i];
-            const bool end = i == h.bounds.size();
-            line("_bucket", R"(,le=")" + (end ? "+Inf" : text("%.15g", h.bounds[i])) + "\"",
-                 double(count));
+            const std::string bound = i < h.bounds.size() ? text("%.15g", h.bounds[i]) : "+Inf";
+            add("_bucket", R"(,le=")" + bound + "\"", double(count));
         }
-        line("_sum", "", h.sum);
-        line("_count", "", double(count));
+        add("_sum", "", h.sum);
+        add("_count", "", double(count));
     }
     return out;
 }

@@ -12,8 +12,8 @@
 namespace gemma {
 
 struct Histogram {
-    std::vector<double> bounds;    // upper ones, ascending
-    std::vector<uint64_t> counts;  // [bounds + 1]
+    std::vector<double> bounds;    // of the buckets, inclusive, ascending
+    std::vector<uint64_t> counts;  // [bounds + 1]: the last counts values above all bounds
     double sum = 0;
 
     void observe(double value) {
@@ -22,7 +22,7 @@ struct Histogram {
     }
 };
 
-// What /metrics shows; one observation for each choice. Times in seconds.
+// metrics.cpp's table has their names. Each choice is observed once. Times are in seconds.
 struct Figures {
     double running = 0, waiting = 0, pages_used = 0, preemptions = 0;
     double prompt_tokens = 0, generated_tokens = 0, cache_queries = 0, cache_hits = 0;
@@ -34,11 +34,11 @@ struct Figures {
 class Metrics {
   public:
     explicit Metrics(int max_model_len);
-    void change(auto&& how) {
+    void change(auto&& update) {  // runs update(figures) under the mutex
         const std::lock_guard lock(mutex);
-        how(figures);
+        update(figures);
     }
-    // Prometheus' text. `labels` stand at each figure, `cache_config` behind them at one.
+    // Prometheus' text. Each sample has `labels`; cache_config_info also has `cache_config`.
     std::string page(const std::string& labels, const std::string& cache_config);
 
   private:
