@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// log.cpp: what log.h promises. Beside the path. Field names and severities are Cloud Logging's
-// ("Structured logging" in its documentation).
+// log.cpp: writes the lines of the log. Beside the path. Field names and severities are Cloud
+// Logging's ("Structured logging" in its documentation).
 #include "log.h"
 
 #include <cctype>
@@ -27,15 +27,15 @@ const char* name_of(Severity severity) {
     return severity == Severity::warning ? "WARNING" : "INFO";
 }
 
-// One call of fputs: lines of two threads never mix.
+// One call of fputs for each line, so that the lines of two threads never mix.
 void write_line(const std::string& line) { std::fputs((line + "\n").c_str(), stderr); }
 
 void write_json(const ordered_json& line) {
     write_line(line.dump(-1, ' ', false, ordered_json::error_handler_t::replace));
 }
 
-// The trace's 32 hexadecimal digits in "TRACE/SPAN;o=1" (X-Cloud-Trace-Context) or in
-// "00-TRACE-SPAN-FLAGS" (traceparent, W3C Trace Context); "" if there is none.
+// Finds TRACE, 32 hexadecimal digits, in "TRACE/SPAN;o=1" (X-Cloud-Trace-Context) or in
+// "00-TRACE-SPAN-FLAGS" (traceparent, W3C Trace Context); "" if it is missing.
 std::string trace_id(const std::string& header) {
     const size_t start = header.starts_with("00-") ? 3 : 0;
     const std::string id = header.substr(start, header.find_first_of("-/", start) - start);
@@ -45,7 +45,7 @@ std::string trace_id(const std::string& header) {
     return id.size() == 32 ? id : "";
 }
 
-double milliseconds(double s) { return std::round(s * 1e4) / 10; }
+double milliseconds(double s) { return std::round(s * 1e4) / 10; }  // rounded to 0.1
 
 ordered_json as_json(const Generation& g, Severity severity) {
     ordered_json line{{"severity", name_of(severity)}, {"message", "generation"}};
@@ -92,17 +92,15 @@ bool logs_json() {
 
 void say(const std::string& message, Severity severity) {
     if (logs_json()) return write_json({{"severity", name_of(severity)}, {"message", message}});
-    const char* const prefix = severity == Severity::error     ? "error: "
-                               : severity == Severity::warning ? "warning: "
-                                                               : "";
-    write_line(prefix + message);
+    if (severity == Severity::error) return write_line("error: " + message);
+    write_line((severity == Severity::warning ? "warning: " : "") + message);
 }
 
 double seconds_since_start() {
     using namespace std::chrono;
     const double now = duration<double>(steady_clock::now().time_since_epoch()).count();
-    static const double first = now;  // of a program that is not the server
-    const char* const started = std::getenv("GEMMA_STARTED");  // main.cpp
+    static const double first = now;  // for programs that are not the server
+    const char* const started = std::getenv("GEMMA_STARTED");  // main.cpp sets it
     return now - (started ? std::atof(started) : first);
 }
 
