@@ -2,12 +2,13 @@
 //
 // tokenizer.cpp: text <-> ids by libsentencepiece, Gemma's chat template, and text as it streams.
 // Sitting 2, last. A Tokenizer is const, so threads share it. Rules:
-//   - A control id (turn, image, <bos>, ...) gets into a prompt in two ways only: chat() puts it
-//     there, or encode_with_controls() finds it written out in a raw prompt. In text that is
-//     encoded the control pieces are out of SentencePiece's reach: no user can forge a turn.
+//   - Control ids (turn, image, <bos>, ...) get into a prompt in two ways only: chat() inserts
+//   them,
+//     or encode_with_controls() finds their names in a raw prompt. encode() never makes one, since
+//     SentencePiece matches no control piece: no user can forge a turn.
 //   - The text between two control ids is encoded in one call, because newlines fuse: "user\n" and
 //     "\nHi" have other ids together than one by one.
-//   - Long text is not cut up: SentencePiece keeps its pairs in a heap, n log n.
+//   - Long text is not divided: SentencePiece takes n log n, as its pairs are in a heap.
 #include "gemma.h"
 #include "tokenizer.h"
 
@@ -24,8 +25,8 @@ using std::string_view;
 
 // [1] The model file ------------------------------------------------------------------------------
 
-// The first four are their own ids. The soft token, of which an image takes 256, never is a piece:
-// it is the id after the last one, in a vocabulary that has image pieces.
+// Indices into `literals` and `controls`; the first four are also ids. The soft token, of which an
+// image takes 256, is no piece: its id follows the last piece, if there are image pieces.
 enum { pad, eos, bos, unk, start_of_turn, end_of_turn, start_of_image, end_of_image, soft_token };
 // clang-format off
 constexpr string_view literals[] = {
@@ -34,7 +35,7 @@ constexpr string_view literals[] = {
 // clang-format on
 
 // In Gemma's file <start_of_turn> and others are user-defined pieces (type 4), which match in any
-// text; control pieces (3) match in none. The file is a protobuf message and holds a piece as
+// text. This makes one a control piece (3), which matches in none. A piece in the protobuf file:
 //     0A size name   15 score(4 bytes)   18 type
 static void make_control(std::string& model, string_view name) {
     const std::string head = std::string("\x0A") + char(name.size()) + std::string(name) + "\x15";
@@ -42,7 +43,7 @@ static void make_control(std::string& model, string_view name) {
     if (found != model.npos && model.find("\x18\x04", type) == type) model[type + 1] = 3;
 }
 
-// What a piece adds to decoded text.
+// The text that a piece adds when it is decoded.
 static std::string text_of(const sentencepiece::SentencePieceProcessor& processor, int id) {
     if (processor.IsControl(id) || processor.IsUnknown(id)) return "";
     std::string s = processor.IdToPiece(id);
@@ -54,7 +55,7 @@ static std::string text_of(const sentencepiece::SentencePieceProcessor& processo
 struct Tokenizer::Pieces {
     sentencepiece::SentencePieceProcessor processor;
     std::vector<std::string> text;  // [size]
-    std::vector<int> controls;      // [literals] ids, -1: not in this vocabulary
+    std::vector<int> controls;      // [literals] ids; -1: not in this vocabulary
 };
 
 Tokenizer::Tokenizer(const std::string& file) : pieces(std::make_unique<Pieces>()) {
@@ -62,7 +63,7 @@ Tokenizer::Tokenizer(const std::string& file) : pieces(std::make_unique<Pieces>(
         if (!good) throw Error(file + ": " + found + ", expected Gemma's tokenizer.model");
     };
     std::error_code error;
-    const uintmax_t bytes = std::filesystem::file_size(file, error);  // regular files have one
+    const uintmax_t bytes = std::filesystem::file_size(file, error);  // fails for other files
     require(!error, error.message());
     require(bytes <= 64 << 20, "more than 64 MiB");  // Gemma's has 4.5
     std::string model(bytes, '\0');
@@ -76,14 +77,14 @@ Tokenizer::Tokenizer(const std::string& file) : pieces(std::make_unique<Pieces>(
     for (int id = 0; id < processor.GetPieceSize(); ++id) texts.push_back(text_of(processor, id));
     for (int i = pad; i < soft_token; ++i) {
         const std::string name(literals[i]);
-        const int id = processor.PieceToId(name);  // <unk>'s for what is no piece
+        const int id = processor.PieceToId(name);  // the id of <unk> if there is no such piece
         controls.push_back(processor.IdToPiece(id) == name ? id : -1);
-        require(controls[i] >= 0 || i > end_of_turn, "no piece " + name);
+        require(controls[i] >= 0 || i > end_of_turn, "no piece " + name);  // images are optional
         require(id == i || i > unk, text("%s at id %d, not %d", name.c_str(), id, i));
         require(texts[id].empty(), name + " as ordinary text");
     }
     controls.push_back(controls[start_of_image] < 0 || controls[end_of_image] < 0 ? -1 : size());
-    // Spaces in front, within and behind, both forms of a letter, a ligature, one without a piece.
+    // Spaces everywhere, a letter in two forms, a ligature, a character without a piece.
     const std::string probe = "  \u00e9e\u0301  \ufb01\u3000\U000F0000\r\n ";
     require(decode(encode(probe)) == probe, "text that comes back changed");
 }
@@ -101,47 +102,51 @@ std::vector<int> Tokenizer::encode(string_view plain) const {
 }
 
 namespace {
-// A prompt being written: ids, and the text since the last control id.
+// A prompt under construction: ids, and the text behind the last control id.
 struct Prompt {
     const Tokenizer& tokenizer;
     const std::vector<int>& controls;
     std::string text{};
     std::vector<int> ids{};
 
-    std::vector<int>& encode_text() {
+    const std::vector<int>& encode_text() {  // moves `text` to `ids`, and returns these
         const std::vector<int> more = tokenizer.encode(std::exchange(text, {}));
         ids.insert(ids.end(), more.begin(), more.end());
         return ids;
     }
-    void mark(size_t control, const std::string& then = {}, size_t times = 1) {
-        encode_text().insert(ids.end(), times, controls[control]);
-        text = then;
+    void mark(size_t control, const std::string& text_behind = {}, size_t times = 1) {
+        encode_text();
+        ids.insert(ids.end(), times, controls[control]);
+        text = text_behind;
     }
 };
 }  // namespace
 
 std::vector<int> Tokenizer::encode_with_controls(string_view raw) const {
     Prompt prompt{*this, pieces->controls};
-    size_t start = 0;  // of what is not in the prompt yet
-    for (size_t at = 0; (at = raw.find('<', at)) != raw.npos; ++at)
+    size_t start = 0;  // of the text that is not in the prompt yet
+    for (size_t at = raw.find('<'); at != raw.npos; at = raw.find('<', at + 1)) {
         for (size_t i = 0; i < std::size(literals); ++i) {
             if (pieces->controls[i] < 0 || !raw.substr(at).starts_with(literals[i])) continue;
             prompt.text = raw.substr(start, at - start);
             prompt.mark(i);
             start = at + literals[i].size();
         }
+    }
     prompt.text = raw.substr(start);
     return prompt.encode_text();
 }
 
-// Python's str.strip(), which the template calls: all white space of Unicode.
+// The template calls Python's str.strip(), which removes all white space of Unicode.
 static string_view trim(string_view s) {
     constexpr string_view spaces =
         " \t\n\v\f\r\x1c\x1d\x1e\x1f\u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
         "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000";
-    size_t begin = s.size(), end = 0;  // of what is left
-    for (size_t at = 0, next; at < s.size(); at = next) {
-        for (next = at + 1; next < s.size() && (s[next] & 0xC0) == 0x80;) ++next;
+    size_t begin = s.size(), end = 0;  // of the result
+    size_t next;                       // where the character after this one begins
+    for (size_t at = 0; at < s.size(); at = next) {
+        next = at + 1;
+        while (next < s.size() && (s[next] & 0xC0) == 0x80) ++next;
         if (spaces.find(s.substr(at, next - at)) != spaces.npos) continue;
         begin = std::min(begin, at);
         end = next;
@@ -155,6 +160,7 @@ static const std::string& string_in(const json& object, const char* key, const s
     throw std::invalid_argument(where + ": " + key + " must be a string");
 }
 
+// request.cpp refuses images, so only tests reach them here.
 static void write_content(Prompt& prompt, const json& content, const std::string& where) {
     if (content.is_string()) prompt.text += trim(content.get_ref<const std::string&>());
     if (!content.is_string() && !content.is_array())
@@ -162,7 +168,7 @@ static void write_content(Prompt& prompt, const json& content, const std::string
     for (size_t i = 0; content.is_array() && i < content.size(); ++i) {
         const std::string& type = string_in(content[i], "type", where);
         if (type == "text") prompt.text += trim(string_in(content[i], "text", where));
-        if (type != "image") continue;  // the template passes over other parts
+        if (type != "image") continue;  // the template ignores other parts
         if (prompt.controls[soft_token] < 0)
             throw std::invalid_argument(where + ": this model's vocabulary has no images");
         prompt.text += "\n\n";
@@ -178,8 +184,9 @@ std::vector<int> Tokenizer::chat(const json& messages, Ending ending) const {
     Prompt prompt{*this, pieces->controls};
     prompt.mark(gemma::bos);
     std::string prefix;
-    const size_t first = string_in(messages[0], "role", "messages[0]") == "system";
-    if (first) {  // no turn of its own: it opens the next one, untrimmed, and its first part only
+    const bool system = string_in(messages[0], "role", "messages[0]") == "system";
+    const size_t first = system ? 1 : 0;  // message with a turn of its own
+    if (system) {  // opens the first turn, untrimmed; the template takes a list's first part only
         const json content = messages[0].value("content", json());
         const bool list = content.is_array() && !content.empty();
         prefix = list ? string_in(content[0], "text", "messages[0].content")
@@ -217,14 +224,14 @@ std::string Tokenizer::decode(const std::vector<int>& ids) const {
     return out += stream.flush();
 }
 
-// How many bytes the character has that begins with this one; 0: none begins so.
+// The size of the character that begins with this byte; 0: no character does.
 static size_t character_size(uint8_t lead) {
     if (lead < 0xC2 || lead > 0xF4) return lead < 0x80 ? 1 : 0;
     return lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
 }
 
-// Can `next` follow the first bytes of a character? The second byte's range is narrower where the
-// character would be overlong, a surrogate or above U+10FFFF.
+// Can `next` follow the first bytes of a character? The second byte has a narrower range where the
+// character would otherwise be overlong, a surrogate or above U+10FFFF.
 static bool continues(string_view first, uint8_t next) {
     const uint8_t lead = first.size() == 1 ? first[0] : 0;
     const uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
@@ -232,8 +239,8 @@ static bool continues(string_view first, uint8_t next) {
     return low <= next && next <= high;
 }
 
-// One U+FFFD stands for as many bytes as began a character, else for one byte: Unicode's "maximal
-// subparts", Python's errors="replace".
+// One U+FFFD replaces the longest start of a character that is not completed, or one other byte, as
+// Unicode ("maximal subparts") and Python (errors="replace") do.
 std::string Detokenizer::push(int id) {
     std::string out;
     std::string_view bytes = tokenizer.bytes(id);

@@ -20,21 +20,23 @@ class Tokenizer {
 
     static constexpr int eos = 1, bos = 2;  // fixed for the family and checked at load
 
-    // Text of a user: nothing in it can become a control id.
+    // Encodes a user's text: nothing in it can become a control id.
     std::vector<int> encode(std::string_view text) const;
-    // Text of a raw prompt: control pieces written out in it become their ids. Adds no <bos>.
+    // Encodes a raw prompt: a control piece that is written out becomes its id. Adds no <bos>.
     std::vector<int> encode_with_controls(std::string_view text) const;
-    // Gemma's chat template over OpenAI messages, <bos> included; behind them the start of an
-    // answer, or nothing, or the last message left open to be continued. Throws
-    // std::invalid_argument with the template's own message (roles that do not alternate, content
-    // of a wrong type).
-    enum class Ending { generation_prompt, closed, open };
+    enum class Ending {
+        generation_prompt,  // the start of the model's turn follows the messages
+        closed,             // nothing follows them
+        open,               // the last message has no end of turn, so that it can be continued
+    };
+    // Writes OpenAI messages in Gemma's chat template, <bos> included. Throws std::invalid_argument
+    // with the template's own message if roles do not alternate or a content has a wrong type.
     std::vector<int> chat(const nlohmann::json& messages, Ending ending) const;
 
-    // A piece's text, a byte piece's byte, "" for control ids and ids that have no piece.
+    // The text of a piece, or the byte of a byte piece; "" for control ids and ids without a piece.
     std::string_view bytes(int id) const;
     std::string_view name(int id) const;  // as the vocabulary spells it: "<end_of_turn>"
-    // Text of whole ids; what is not UTF-8 becomes U+FFFD. Control ids are left out.
+    // Decodes a finished text. Bytes that are not UTF-8 become U+FFFD; control ids are left out.
     std::string decode(const std::vector<int>& ids) const;
 
   private:
@@ -42,14 +44,14 @@ class Tokenizer {
     std::unique_ptr<Pieces> pieces;
 };
 
-// Ids in, text out, at every moment valid UTF-8: a character that is not whole yet is held back.
+// Decodes id by id. Each piece of text is valid UTF-8: an incomplete character is held back.
 class Detokenizer {
   public:
-    // Control ids are left out, or written as the vocabulary spells them.
+    // controls: write control ids as the vocabulary spells them, instead of leaving them out.
     explicit Detokenizer(const Tokenizer& t, bool controls = false)
         : tokenizer(t), show_controls(controls) {}
     std::string push(int id);
-    std::string flush();  // at the end: what was held back, as U+FFFD
+    std::string flush();  // call it at the end: U+FFFD if bytes were held back
 
   private:
     const Tokenizer& tokenizer;
