@@ -22,6 +22,12 @@ struct Histogram {
     }
 };
 
+// Of a token: when its request arrived and was first in a step, when the choice's first token and
+// the one before it were made, and when it was.
+struct TokenTimes {
+    double arrived, started, first, last, at;
+};
+
 // metrics.cpp's table has their names. Each choice is observed once. Times are in seconds.
 struct Figures {
     double running = 0, waiting = 0, pages_used = 0, preemptions = 0;
@@ -29,6 +35,26 @@ struct Figures {
     double stopped = 0, reached_length = 0, aborted = 0;
     Histogram first_token, next_token, whole, queue, inference, prefill, decode;
     Histogram prompt_size, generated_size, max_generated_size, asked_size, asked_n, step_tokens;
+
+    void observe_token(const TokenTimes& t, bool is_first, bool is_last) {
+        if (is_first) {
+            first_token.observe(t.at - t.arrived);
+            queue.observe(t.started - t.arrived);
+            prefill.observe(t.at - t.started);
+        } else {
+            next_token.observe(t.at - t.last);
+        }
+        if (!is_last) return;
+        whole.observe(t.at - t.arrived);
+        inference.observe(t.at - t.started);
+        decode.observe(t.at - t.first);
+    }
+    void observe_sizes(int prompt, int generated, int asked) {
+        prompt_size.observe(prompt);
+        generated_size.observe(generated);
+        max_generated_size.observe(generated);
+        asked_size.observe(asked);
+    }
 };
 
 class Metrics {

@@ -187,6 +187,14 @@ json parse_body(const std::string& body) {
     }
 }
 
+std::string own_id(const std::string& given) {
+    const bool plain = given.size() <= 128 && std::all_of(given.begin(), given.end(), [](char c) {
+                           return std::isalnum(uint8_t(c)) ||
+                                  std::string_view("-_.:").find(c) != std::string::npos;
+                       });
+    return plain ? given : "";
+}
+
 // A string, a list of strings, a list of ids, or a list of lists of ids: as a list of prompts.
 json list_prompts(const json& body) {
     const json prompt = body.value("prompt", json());

@@ -56,6 +56,8 @@ json parse_body(const std::string& body);  // an object, nested at most 64 deep
 // All that can be said of a request before its text is looked at.
 Request parse_request(const Served& served, const json& body, bool chat);
 json list_prompts(const json& body);  // "prompt", as a list of prompts
+// A client's own id for its request; "" if it cannot stand in JSON and in a log as it is.
+std::string own_id(const std::string& given);
 void parse_prompts(const Served& served, const json& list, Request& r);   // -> prompts, echoed
 void parse_messages(const Served& served, const json& body, Request& r);  // the same
 void check_model(const Served& served, const std::string& name);          // 404

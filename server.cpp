@@ -60,15 +60,6 @@ HttpReply json_reply(const ordered& body) {
 // A handler gets what it needs to answer, and throws a Refusal when it will not.
 using Handler = HttpReply (*)(const std::shared_ptr<Visit>&, const HttpRequest&, const json& body);
 
-// A client's own id for a request, if it can stand in JSON and in a log as it is.
-std::string own_id(const std::string& given) {
-    const bool plain = given.size() <= 128 && std::all_of(given.begin(), given.end(), [](char c) {
-                           return std::isalnum(uint8_t(c)) ||
-                                  std::string_view("-_.:").find(c) != std::string::npos;
-                       });
-    return plain ? given : "";
-}
-
 template <bool chat>
 HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http, const json& body) {
     Engine& engine = *visit->service.engine;
@@ -272,15 +263,8 @@ class Answer {
         g.queued = queued;
         g.first_token = first_token;
         g.total = seconds() - visit->begun;
-        bool same = true;
-        std::string reasons;
-        for (const Choice& c : choices) {
-            const std::string& reason = c.finished ? c.finish_reason : R"("abort")";
-            same &= reason == (choices[0].finished ? choices[0].finish_reason : R"("abort")");
-            Writer::append(reasons, reason.substr(1, reason.size() - 2));
-            g.completion_tokens += c.tokens;
-        }
-        g.finish_reason = same ? reasons.substr(0, reasons.find(',')) : reasons;
+        g.finish_reason = Writer::finish_reasons(choices);
+        for (const Choice& c : choices) g.completion_tokens += c.tokens;
         say(g);
     }
 
@@ -379,10 +363,7 @@ class Answer {
             if (finish == Finish::stop) m.stopped++;
             if (finish == Finish::length) m.reached_length++;
             if (finish == Finish::abort) m.aborted++;
-            m.prompt_size.observe(c.prompt_size);
-            m.generated_size.observe(c.tokens);
-            m.max_generated_size.observe(c.tokens);
-            m.asked_size.observe(sequences[size_t(index)]->max_tokens);
+            m.observe_sizes(c.prompt_size, c.tokens, sequences[size_t(index)]->max_tokens);
         });
     }
 
@@ -395,9 +376,8 @@ class Answer {
     }
 
     void observe(Choice& c, const Delivery& d, bool is_last) {
-        const double arrived = sequences[size_t(d.choice)]->arrived;
-        const bool first = c.tokens <= 1;
-        if (first) {
+        const bool is_first = c.tokens <= 1;
+        if (is_first) {
             c.first = d.at;
             c.cached = d.cached_tokens;
         }
@@ -406,20 +386,12 @@ class Answer {
             first_token = d.at - visit->begun;
         }
         service.metrics->change([&](Figures& m) {
+            const TokenTimes times{sequences[size_t(d.choice)]->arrived, d.started, c.first, c.last,
+                                   d.at};
+            m.observe_token(times, is_first, is_last);
             if (c.tokens > 0) m.generated_tokens++;
-            if (first) {
-                m.first_token.observe(d.at - arrived);
-                m.queue.observe(d.started - arrived);
-                m.prefill.observe(d.at - d.started);
-                m.cache_queries += c.prompt_size;
-                m.cache_hits += d.cached_tokens;
-            } else {
-                m.next_token.observe(d.at - c.last);
-            }
-            if (!is_last) return;
-            m.whole.observe(d.at - arrived);
-            m.inference.observe(d.at - d.started);
-            m.decode.observe(d.at - c.first);
+            if (is_first) m.cache_queries += c.prompt_size;
+            if (is_first) m.cache_hits += d.cached_tokens;
         });
         c.last = d.at;
     }

@@ -56,6 +56,19 @@ class Writer {
         list += (list.empty() ? "" : ",") + entry;
     }
 
+    // For the log: "stop", or "stop,length" where choices differ.
+    static std::string finish_reasons(const std::vector<Choice>& choices) {
+        std::string all, first;
+        bool same = true;
+        for (const Choice& c : choices) {
+            const std::string reason = c.finished ? c.finish_reason : quote("abort");
+            if (all.empty()) first = reason;
+            same &= reason == first;
+            append(all, reason.substr(1, reason.size() - 2));
+        }
+        return same ? all.substr(0, all.find(',')) : all;
+    }
+
     // An entry of prompt_logprobs: the token itself, then its alternatives.
     std::string ranked(const Result& r) const {
         const auto entry = [&](int token, float logprob, int rank) {
