@@ -293,7 +293,7 @@ TEST_CASE("echo: the prompt's text before the output, in every form of a prompt"
     }
 }
 
-TEST_CASE("echo: no prompt, a cut one, and one with ends in it", "[http]") {
+TEST_CASE("echo: no prompt, a cut prompt, and a prompt with end tokens in it", "[http]") {
     const std::tuple<json, json, std::string> table[]{
         {"", json::object(), ""},
         {"Cloud Run is", {{"truncate_prompt_tokens", 2}}, " is"},
@@ -335,7 +335,7 @@ TEST_CASE("echo and stop strings: only the output is searched", "[http]") {
           "The KV cache" + first_text(complete(stopped)));
 }
 
-TEST_CASE("echo of a chat: the last message, if the answer goes on from it", "[http]") {
+TEST_CASE("echo of a chat: the last message, if the answer continues it", "[http]") {
     const json talk = json::parse(R"([{"role": "user", "content": "Hi"},
                                       {"role": "assistant", "content": "The KV"}])");
     const json open{{"messages", json::array({talk[0]})}, {"add_generation_prompt", false}};
@@ -490,7 +490,7 @@ TEST_CASE("min_tokens: the text does not end before them, and may end right afte
     }
 }
 
-TEST_CASE("a generated turn's end can be held off", "[http]") {
+TEST_CASE("a generated end of turn is held off by min_tokens", "[http]") {
     // top_k 1000 makes the fake model end the text at its first token.
     const json fields{{"top_k", 1000}, {"temperature", 0}, {"min_tokens", 3}, {"max_tokens", 3}};
     CHECK(both(chat, fields)["usage"]["completion_tokens"] == 3);
@@ -655,7 +655,9 @@ TEST_CASE("include_stop_str_in_output: the string ends the text, and nothing fol
     }
 }
 
-TEST_CASE("control tokens in a text: by name if asked, and the stop by its own field", "[http]") {
+TEST_CASE(
+    "control tokens in a text are shown by name if asked, and the stop token by its own field",
+    "[http]") {
     // Each row: the id that is generated, other fields, then the expected text, finish_reason and
     // stop_reason.
     const json table = json::parse(R"([
@@ -764,7 +766,7 @@ TEST_CASE("values at the limits, and null, are accepted", "[http]") {
     }
 }
 
-TEST_CASE("the order of checks: types, then the model, then what belongs together", "[http]") {
+TEST_CASE("the order of checks: types, then the model, then rules about several fields", "[http]") {
     const json table = json::parse(R"([
         [{"model": "gpt-4", "max_tokens": "many"}, 400, "max_tokens"],
         [{"model": "gpt-4", "temperature": {}}, 400, "temperature"],
@@ -875,7 +877,7 @@ TEST_CASE("continuous_usage_stats: usage on every chunk", "[http]") {
     }
 }
 
-TEST_CASE("usage tells the cached tokens, if the server is asked to", "[http]") {
+TEST_CASE("usage has the cached tokens if the server's flag asks for it", "[http]") {
     Server telling({"--enable-prompt-tokens-details"});
     const Ids ids(100, 700);
     const auto details = [&](const json& prompt, int port) {

@@ -358,7 +358,8 @@ Stalled& stalled() {
 
 }  // namespace
 
-TEST_CASE("S1 and S3: /health and completions beside 512 that idle or dribble", "[http]") {
+TEST_CASE("S1 and S3: /health and completions beside 512 connections that idle or dribble",
+          "[http]") {
     const size_t count = dribblers().size();
     double slowest = 0;
     for (int i = 0; i < 50; i++) {
@@ -372,7 +373,7 @@ TEST_CASE("S1 and S3: /health and completions beside 512 that idle or dribble", 
     CHECK(slowest < 0.5);
 }
 
-TEST_CASE("S1: large bodies are read beside 16 that never come whole", "[http]") {
+TEST_CASE("S1: large bodies are read beside 16 that are never complete", "[http]") {
     Server s;
     const std::string large = write({{"prompt", std::string(200'000, 'a')}});
     std::vector<std::unique_ptr<Raw>> others;
@@ -393,7 +394,7 @@ TEST_CASE("S1: large bodies are read beside 16 that never come whole", "[http]")
     std::printf("S1: bodies of 200 KB beside 16 that never come whole: %.2f s\n", slowest);
 }
 
-TEST_CASE("S2: honest streams beside readers that never read", "[http]") {
+TEST_CASE("S2: honest streams beside clients that never read", "[http]") {
     const auto run = [](size_t i) {
         return stream(i % 2 ? chat : completions,
                       {{"max_tokens", 40}, {"seed", i}, {"logprobs", i % 2}, {"ignore_eos", true}},
@@ -610,7 +611,8 @@ TEST_CASE("F1: every malformed body is refused, and the next request is served",
                 slowest * 1e3, which.c_str());
 }
 
-TEST_CASE("F1: what is not HTTP gets an error or is closed, and the next is served", "[http]") {
+TEST_CASE("F1: bytes that are not HTTP get an error or a close, and the next request is served",
+          "[http]") {
     using namespace std::string_literals;
     const Strings table{
         "\r\n\r\n",
@@ -891,7 +893,7 @@ TEST_CASE("F3: nesting, numbers and doubled names", "[http]") {
     CHECK(serves(s.port));
 }
 
-TEST_CASE("F4: what is not UTF-8 is refused on every route", "[http]") {
+TEST_CASE("F4: invalid UTF-8 is refused on every route", "[http]") {
     const Strings bad{"\xff",     "\x80",           "\xc3",
                       "\xc0\xaf", "\xe2\x82",       "\xed\xa0\x80",
                       "\xf0\x9f", "\xf0\x9f\x8c",   "\xf8\x88\x80\x80",
@@ -950,7 +952,7 @@ TEST_CASE("F4: 1,000 seeds of bytes cut anywhere are valid UTF-8, streamed as wh
                 rounds * rows, replaced, emoji);
 }
 
-TEST_CASE("F5: ids of no token are refused, and honest streams do not change", "[http]") {
+TEST_CASE("F5: invalid token ids are refused, and honest streams do not change", "[http]") {
     Server s;
     const auto honest = [&](size_t i) {
         const json fields{
@@ -1120,7 +1122,7 @@ std::vector<Probe> probes() {
 
 }  // namespace
 
-TEST_CASE("H1: 100 attackers at once get the right answer and no memory", "[http]") {
+TEST_CASE("H1: 100 attackers at once get the right answer and take no memory", "[http]") {
     Server s;
     REQUIRE(serves(s.port));
     const auto all = probes();
@@ -1300,7 +1302,7 @@ double percentile(std::vector<double> values, double p) {
 
 }  // namespace
 
-TEST_CASE("H2: of hundreds of connections in one moment none is lost", "[http]") {
+TEST_CASE("H2: of hundreds of simultaneous connections none is lost", "[http]") {
     Server s;
     const MoreDescriptors more(2'000);
     std::vector<size_t> sizes(sized(3, 20), 300);
@@ -1453,7 +1455,7 @@ std::string visit(int port, size_t seed) {
 
 }  // namespace
 
-TEST_CASE("K1: 2,000 who may leave at any time leave nothing behind", "[http]") {
+TEST_CASE("K1: 2,000 clients that may leave at any time leak nothing", "[http]") {
     Server s({"--max-num-seqs", "16", "--num-gpu-blocks-override", "10"}, {"GEMMA_FAKE_STEP_MS=1"});
     const size_t count = sized(2'000, 10'000);
     Findings findings;
@@ -1538,7 +1540,7 @@ TEST_CASE("K2: work ends when its client leaves, from queue, prefill and decode"
     CHECK(serves(s.port));
 }
 
-TEST_CASE("K3: with far too few pages all finish as alone", "[http]") {
+TEST_CASE("K3: with far too few pages all requests get the answers that they get alone", "[http]") {
     const size_t count = std::max<size_t>(8, sized(12, 64));
     const auto fields = [](size_t i) {
         return json{{"prompt", Ids(20 + i % 30, int(300 + i))},
@@ -1568,7 +1570,7 @@ TEST_CASE("K3: with far too few pages all finish as alone", "[http]") {
     CHECK(idle(s.port));
 }
 
-TEST_CASE("K4: what is larger than the pool is refused before it waits", "[http]") {
+TEST_CASE("K4: a request larger than the pool is refused before it waits", "[http]") {
     Server s({"--num-gpu-blocks-override", "6"});
     for (const std::string& path : {completions, chat}) {
         const json body = with(base(path), {{"max_tokens", 200}});
@@ -1623,7 +1625,7 @@ TEST_CASE("K5: cold, cached and evicted prefixes and all sizes of steps give one
 
 // [6] Queue ---------------------------------------------------------------------------------------
 
-TEST_CASE("B1: exactly what does not fit into the queue gets 429", "[http]") {
+TEST_CASE("B1: exactly the requests that do not fit into the queue get 429", "[http]") {
     Server s({"--max-num-seqs", "2", "--max-queue", "6"}, {"GEMMA_FAKE_STEP_MS=2"});
     const auto inside = [&] {
         auto now = metrics(s.port);
@@ -1696,7 +1698,7 @@ TEST_CASE("B1: exactly what does not fit into the queue gets 429", "[http]") {
 
 // [7] Ends ----------------------------------------------------------------------------------------
 
-TEST_CASE("T1: SIGTERM among 32 answers and 64 that idle or dribble", "[http]") {
+TEST_CASE("T1: SIGTERM during 32 answers, beside 64 connections that idle or dribble", "[http]") {
     Server s({"--max-num-seqs", "32"}, {"GEMMA_FAKE_STEP_MS=2"});
     std::vector<std::unique_ptr<Raw>> others;
     for (size_t i = 0; i < 64; i++) {
@@ -1954,7 +1956,7 @@ TEST_CASE("X1: one listening port, and no secrets in errors or in the log", "[ht
                 looks, most, errors.size());
 }
 
-TEST_CASE("S2: who has not read for 30 s is cut", "[http]") {
+TEST_CASE("S2: a client that reads nothing for 30 s is cut off", "[http]") {
     if (!stalled().cut.valid()) SKIP_BECAUSE("the case that lets them stall has not run");
     const double seconds = stalled().cut.get();
     // Look at the server's sockets, not the clients': the end of the connection may reach a client
@@ -1972,7 +1974,7 @@ TEST_CASE("S2: who has not read for 30 s is cut", "[http]") {
                 seconds);
 }
 
-TEST_CASE("S1: who has not sent a request within 30 s is closed", "[http]") {
+TEST_CASE("S1: a connection without a complete request after 30 s is closed", "[http]") {
     REQUIRE(eventually([] { return dribblers().all_closed(); }));
     const char* names[]{"idle", "in the head", "in the body"};
     for (const auto kind : {Dribblers::idle, Dribblers::in_head, Dribblers::in_body}) {

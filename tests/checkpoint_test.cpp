@@ -448,7 +448,7 @@ TEST_CASE("a config that cannot be served is refused in one line") {
     }
 }
 
-TEST_CASE("a config.json that is no JSON object") {
+TEST_CASE("a config.json that is not a JSON object") {
     const Directory dir;
     const auto message = [&](const std::string& file) {
         dir.write("config.json", file);
@@ -512,7 +512,7 @@ TEST_CASE("every prefix of the tensors' names") {
     }
 }
 
-TEST_CASE("what text does not need is skipped") {
+TEST_CASE("tensors that text does not need are skipped") {
     const std::pair<const char*, std::vector<const char*>> layouts[] = {
         {"model.", {"lm_head.weight"}},
         {"language_model.model.",
@@ -618,7 +618,7 @@ TEST_CASE("bf16 at an odd address is copied") {
     check_weights(c, all, "model.");
 }
 
-TEST_CASE("tensors that are not those of the config") {
+TEST_CASE("tensors that do not match the config") {
     const Directory dir;
     Entries all = tiny_tensors();
     const std::string q = "model.layers.1.self_attn.q_proj.weight";
@@ -719,7 +719,7 @@ TEST_CASE("the rules of safetensors") {
     }
 }
 
-TEST_CASE("weights that are no regular file, or not there") {
+TEST_CASE("weights that are missing or not a regular file") {
     const Directory dir;
     dir.write("config.json", tiny_config().dump());
     const fs::path file = dir.path / "model.safetensors";
@@ -859,7 +859,7 @@ TEST_CASE("a model is found as a directory or in the cache") {
     CHECK(find_model(first) == first);  // a directory is used as it is
 }
 
-TEST_CASE("what is no model is refused by what it is") {
+TEST_CASE("a path that is not a model is refused with a message that says what it is") {
     const Directory root;
     const std::string config = root.string() + "/model/config.json";
     root.write("model/config.json", "{}");

@@ -435,7 +435,7 @@ TEST_CASE("a mirror sends every file itself") {
     for (const auto& r : world.hub.requests()) CHECK((r.server == "hub" && r.authorized));
 }
 
-TEST_CASE("a renamed model keeps the name by which it was asked for") {
+TEST_CASE("a renamed model is cached under the name that was asked for") {
     World world;
     world.hub.change([](Hub::Faults& f) { f.moved["old/name"] = name; });
     const Result r = world.run({"old/name"});
@@ -481,7 +481,7 @@ TEST_CASE("--have prints the directory of a whole model, or nothing") {
 
 // [3] Interruptions -------------------------------------------------------------------------------
 
-TEST_CASE("a download that broke off goes on where it was") {
+TEST_CASE("an interrupted download is resumed") {
     World world;
     SECTION("within a run") {
         world.hub.change([](Hub::Faults& f) { f.breaks = {300'000, 700'000}; });

@@ -488,7 +488,7 @@ TEST_CASE("fields of a wrong type or out of range are named", "[http]") {
     CHECK(ask(completions, {})["choices"].size() == 1);  // it still answers
 }
 
-TEST_CASE("what is not offered is refused, unless it changes nothing", "[http]") {
+TEST_CASE("fields that are not offered are refused, unless they change nothing", "[http]") {
     const json table = json::parse(R"([
         ["best_of", 2, 1], ["bad_words", ["x"], []], ["use_beam_search", true, false],
         ["priority", 3, 0], ["length_penalty", 2, 1], ["logits_processors", ["x"], []],
@@ -516,7 +516,7 @@ TEST_CASE("what is not offered is refused, unless it changes nothing", "[http]")
     CHECK(first_text(complete(with(same, {{"no_such_field", 1}}))) == first_text(complete(same)));
 }
 
-TEST_CASE("bodies that are no request", "[http]") {
+TEST_CASE("bodies that are not a request", "[http]") {
     const auto nested = [](size_t levels) {  // the body itself is the first level
         return "{\"x\":" + std::string(levels - 1, '[') + "1" + std::string(levels - 1, ']') +
                ",\"prompt\":\"a\",\"max_tokens\":1}";
@@ -543,7 +543,7 @@ TEST_CASE("bodies that are no request", "[http]") {
     check_refusal(send(server().port, "POST", completions, large), 413, {"4 MiB"});
 }
 
-TEST_CASE("a body is counted as it comes, and a Range cuts no answer", "[http]") {
+TEST_CASE("a body's bytes are counted as they arrive, and a Range cuts no answer", "[http]") {
     const auto chunked = [](size_t size) {
         Raw raw(server().port);
         raw.write(
@@ -730,7 +730,7 @@ TEST_CASE("16 streams in pools that are far too small equal their runs alone", "
     check_crowd(16, tiny.port);
 }
 
-TEST_CASE("who leaves frees the place", "[http]") {
+TEST_CASE("a client that leaves frees its place", "[http]") {
     // max_num_seqs is 1, and the first request would run for hours.
     Server narrow({"--max-num-seqs", "1"}, {"GEMMA_FAKE_STEP_MS=2"});
     json endless =
@@ -825,7 +825,7 @@ TEST_CASE("flags and variables that take effect", "[http]") {
     CHECK(get("/v1/models", port).parsed()["data"][0]["id"] == demo);
 }
 
-TEST_CASE("the model may stand behind flags, or in $MODEL_NAME", "[http]") {
+TEST_CASE("the model may follow flags, or be in $MODEL_NAME", "[http]") {
     const Strings flags{"--port", "0", "--device=cpu", "--host", "127.0.0.1"};
     Strings behind = flags;
     behind.push_back(demo);
@@ -859,7 +859,7 @@ TEST_CASE("a port that is taken is an error", "[http]") {
     CHECK(second.log().find("cannot listen on 127.0.0.1") != std::string::npos);
 }
 
-TEST_CASE("while loading: unhealthy, and gone at once when asked", "[http]") {
+TEST_CASE("while loading: unhealthy, and SIGTERM ends it at once", "[http]") {
     // refs/main in the cache is a FIFO that nothing writes: loading blocks on it.
     std::string folder = (std::filesystem::temp_directory_path() / "gemma-http-XXXXXX").string();
     REQUIRE(mkdtemp(folder.data()));
@@ -886,7 +886,7 @@ TEST_CASE("SIGTERM while idle", "[http]") {
     CHECK(s.exit_status() == 0);
 }
 
-TEST_CASE("SIGTERM lets a stream end that can", "[http]") {
+TEST_CASE("SIGTERM lets a short stream end", "[http]") {
     Server s({}, {"GEMMA_FAKE_STEP_MS=2"});
     const json body =
         with(base(chat), {{"max_tokens", 200}, {"stream", true}, {"ignore_eos", true}});

@@ -1130,7 +1130,7 @@ TEST_CASE("sampling: hundreds of seeds draw what reference.cpp draws", "[slow]")
 
 // Four equal weights of 2^40: with these hashes the draw falls exactly on the edge between two ids,
 // which no seed is likely to do.
-TEST_CASE("sampling: a draw on the very edge between two ids takes the second") {
+TEST_CASE("sampling: a draw exactly on the edge between two ids takes the second") {
     NEED_DEVICE();
     const int V = 4 * block_ids;  // ids 3, 259, 515 and 771 have weight
     for (const Sampling& setting : List<Sampling>{{}, {.top_k = 4}, {.top_p = 0.99f}}) {

@@ -231,7 +231,7 @@ TEST_CASE("a generation's line for people, and none with --disable-log-requests"
     CHECK(silent.log().find("generation") == std::string::npos);
 }
 
-TEST_CASE("the start says what an operator looks for, in order, with a clock", "[http]") {
+TEST_CASE("the start logs what an operator needs, in order, with times", "[http]") {
     Server s({"--device=cpu"});
     const std::string log = s.log();
     INFO(log);
@@ -256,7 +256,7 @@ TEST_CASE("the start says what an operator looks for, in order, with a clock", "
     CHECK(log.find("lowered") == std::string::npos);
 }
 
-TEST_CASE("a limit that was lowered is said", "[http]") {
+TEST_CASE("a lowered limit is logged", "[http]") {
     Server s({"--device=cpu", "--max-num-batched-tokens", "48", "--max-num-seqs", "50"});
     CHECK(s.log().find("max_num_seqs is 48, lowered from 50") != std::string::npos);
     CHECK(s.log().find("up to 48 sequences and 48 tokens a step") != std::string::npos);

@@ -620,7 +620,7 @@ void play_all(const std::vector<Script>& scripts) {
     }
 }
 
-TEST_CASE("scheduler: who runs, and how many tokens of each") {
+TEST_CASE("scheduler: which sequences run, and how many tokens of each") {
     const int W = 64, many = 99;
     play_all({
         {"all at once, in the order of arrival",
@@ -692,7 +692,7 @@ TEST_CASE("scheduler: when pages run out the newest waits, and is computed again
     });
 }
 
-TEST_CASE("scheduler: a prompt that begins like another takes its pages") {
+TEST_CASE("scheduler: a prompt that begins like another shares its pages") {
     const int W = 64, many = 99;
     const Ids common = words(1, 300);
     const auto first = [&](int n) { return Ids(common.begin(), common.begin() + n); };
@@ -740,7 +740,7 @@ TEST_CASE("scheduler: a prompt that begins like another takes its pages") {
     });
 }
 
-TEST_CASE("scheduler: only equal tokens behind equal tokens are taken") {
+TEST_CASE("scheduler: a page is shared only if all tokens up to its end are equal") {
     const Ids prompt = words(1, 97);
     for (int at = 0; at < 97; at++) {
         Ids other = prompt;
@@ -761,7 +761,7 @@ TEST_CASE("scheduler: only equal tokens behind equal tokens are taken") {
                 {}}) == std::vector<std::string>{"a0..64!", "b0..64!", "c32..96!"});
 }
 
-TEST_CASE("scheduler: what two computed at the same time is cached once") {
+TEST_CASE("scheduler: equal pages computed in the same step are cached once") {
     Machine machine({8, 400, 64, {9, 9}});
     for (const char name : {'a', 'b'}) machine.add(name, words(1, 65), 1);
     machine.run();
@@ -855,7 +855,7 @@ TEST_CASE("scheduler: a long sequence holds only the local pages that its window
     }
 }
 
-TEST_CASE("scheduler: what fits runs alone to its end, what does not is refused") {
+TEST_CASE("scheduler: a sequence that fits runs alone to its end, any other is refused") {
     struct Case {
         int window, local, global, longest;  // tokens of the longest sequence that fits
     };
@@ -927,7 +927,7 @@ TEST_CASE("scheduler: an answer ends at a stop id or at max_tokens") {
     }
 }
 
-TEST_CASE("scheduler: a cancelled sequence leaves before the next step, from wherever it is") {
+TEST_CASE("scheduler: a cancelled sequence leaves before the next step, waiting or running") {
     const int W = 64, many = 99;
     const std::vector<Ask> two{{0, 'a', words(1, 40), 60}, {0, 'b', words(2, 40), 60}};
     play_all({
@@ -1053,7 +1053,7 @@ TEST_CASE("scheduler: the logprobs of a prompt come out as it is computed") {
     });
 }
 
-TEST_CASE("scheduler: who asks for a prompt's logprobs finds nothing cached until all are out") {
+TEST_CASE("scheduler: prompt logprobs take no cached page until all are delivered") {
     const int W = 64, many = 99;
     const Ids common = words(1, 70);
     play_all({
@@ -1277,7 +1277,7 @@ TEST_CASE("scheduler: a sequence has started when it was first in a step") {
 
 // [6] Crowds --------------------------------------------------------------------------------------
 
-TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") {
+TEST_CASE("scheduler: with 4x too few pages every sequence still gets the same text") {
     for (const int window : {5, 40, 64, 999}) {
         for (const int budget : {5, 32, 200}) {
             CAPTURE(window, budget);
@@ -1305,7 +1305,7 @@ TEST_CASE("scheduler: with 4x too few pages everyone still gets the same text") 
 }
 
 // A long sequence ends although short ones never stop arriving: only earlier ones can delay it.
-TEST_CASE("scheduler: nobody starves behind a stream of short ones") {
+TEST_CASE("scheduler: a long sequence does not starve behind a stream of short ones") {
     Machine machine({4, 40, 40, {12, 12}});
     const auto big = machine.add('B', words(0, 300), 50);
     for (int n = 1; big->got.finish == Finish::none; n++) {

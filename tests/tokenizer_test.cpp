@@ -273,7 +273,7 @@ TEST_CASE("control text in content stays text") {
     }
 }
 
-TEST_CASE("a raw prompt's literals become ids, what is between them is plain text") {
+TEST_CASE("a raw prompt's literals become ids, the text between them stays text") {
     for (const auto& [name, tokenizer] : vocabularies()) {
         CAPTURE(name);
         const Tokenizer& t = *tokenizer;
@@ -345,7 +345,7 @@ TEST_CASE("chat's frame") {
     }
 }
 
-TEST_CASE("chat names what is wrong with messages") {
+TEST_CASE("chat refuses wrong messages with the reason") {
     for (const auto& [name, tokenizer] : vocabularies()) {
         CAPTURE(name);
         const Tokenizer& t = *tokenizer;
@@ -391,7 +391,7 @@ TEST_CASE("an image's newlines fuse with their neighbours") {
 
 // [4] Streamed text -------------------------------------------------------------------------------
 
-TEST_CASE("what is not UTF-8 becomes U+FFFD, one for each maximal subpart") {
+TEST_CASE("invalid UTF-8 becomes U+FFFD, one for each maximal subpart") {
     for (const auto& [name, tokenizer] : vocabularies()) {
         CAPTURE(name);
         const auto decoded = [&, t = tokenizer](const std::string& s) {
@@ -514,7 +514,7 @@ TEST_CASE("threads share a tokenizer") {
     }
 }
 
-TEST_CASE("a file that is no tokenizer of Gemma's family is refused in one line") {
+TEST_CASE("a file that is not a tokenizer of Gemma's family is refused in one line") {
     const auto contains = [](const std::string& s, const char* part) {
         return s.find(part) != s.npos;
     };

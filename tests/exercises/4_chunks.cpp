@@ -120,7 +120,7 @@ TEST_CASE("beside a row that decodes, prompts have max_chunk tokens in all") {
     }
 }
 
-TEST_CASE("where nobody decodes a prompt has the whole budget") {
+TEST_CASE("where no row decodes, a prompt has the whole budget") {
     const Seen seen = play(ample, 32, {{0, 1000, 2}});
     CHECK(seen.alone == 400);
     CHECK(seen.steps == 4);
@@ -128,7 +128,7 @@ TEST_CASE("where nobody decodes a prompt has the whole budget") {
     CHECK(play(ample, 32, {{0, 100, 2}, {0, 150, 2}}).alone == 250);
 }
 
-TEST_CASE("with too few pages too everyone gets the same text") {
+TEST_CASE("with too few pages too, every sequence gets the same text") {
     std::vector<Ask> crowd{{3, 200, 5}};
     for (int i = 0; i < 8; i++) crowd.push_back({i, 20 + i, 60});
     const Seen seen = play({16, 400, 64, {20, 10}}, 48, crowd);

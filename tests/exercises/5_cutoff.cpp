@@ -101,7 +101,7 @@ TEST_CASE("Sampling has an epsilon") {
     REQUIRE(has_epsilon<Sampling>);  // add it in gemma.h
 }
 
-TEST_CASE("what is less likely than epsilon is never drawn, all else is") {
+TEST_CASE("ids less likely than epsilon are never drawn, all others are") {
     const auto logits = logits_of({0.5, 0.1, 0.3, 0.06, 0.04});
     check_drawn(logits, 5, {}, 0, {0, 1, 2, 3, 4});
     check_drawn(logits, 5, {}, 0.05f, {0, 1, 2, 3});
