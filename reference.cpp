@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// reference.cpp: Gemma 3's forward in plain loops. The formula beside every kernel of gemma.cu, the
-// oracle of the tests, and the engine where there is no GPU. Beside the path; in sitting 2 each
-// kernel's twin is read here.
+// reference.cpp: Gemma 3's forward in plain loops: the formula of every kernel of gemma.cu, the
+// oracle of the tests, and the engine of machines without a GPU. Beside the path; sitting 2 reads
+// each kernel's twin here.
 //
-// Weights are bf16 as they lie in the file; everything else, K and V too, is fp32, so that only the
-// order of sums differs from Hugging Face's fp32 run.
+// Weights are bf16, as the file has them. Everything else, K and V included, is fp32, so that only
+// the order of sums differs from Hugging Face's fp32 run.
 //
-// The rule: a token's bits never depend on what runs beside it. Each sum has an order fixed by its
-// length alone (16 lanes, then a tree), each fused multiply-add is written out, and threads divide
-// outputs among themselves, never a sum. Functions that say "team" are called by all threads of one
-// parallel region and divide their loop among them.
+// The rule: a token's bits never depend on the rest of the batch. The length of a sum alone fixes
+// its order (16 lanes, then a tree), each fused multiply-add is written out, and threads divide
+// outputs among themselves, never a sum. All threads of one parallel region (the team) call each
+// function that has an `omp for`, which divides its loop among them.
 #include "gemma.h"
 
 #include <algorithm>
@@ -33,8 +33,8 @@ using i64 = int64_t;
 
 // [1] Lanes ------------------------------------------------------- 16 floats, in three widths
 
-// The widths differ in registers, never in bits: lane i is the same sum in each. A tile is what the
-// registers hold, 24 of 32 accumulators with AVX-512 and 12 of 16 with AVX2.
+// The widths use different registers and give the same bits: lane i is the same sum in each. A
+// tile's accumulators take 24 of 32 registers with AVX-512 and 12 of 16 with AVX2.
 #if defined(__AVX512F__)
 using Vector = __m512;
 constexpr int tile_rows = 3, tile_tokens = 8;
@@ -66,7 +66,8 @@ inline Vector broadcast(float x) { return x; }
 inline Vector fma(Vector a, Vector b, Vector c) { return std::fma(a, b, c); }
 #endif
 
-constexpr int lanes = 16, width = sizeof(Vector) / sizeof(float), vectors = lanes / width;
+constexpr int lanes = 16;
+constexpr int width = sizeof(Vector) / sizeof(float), vectors = lanes / width;
 
 struct Lanes {
     Vector v[vectors] = {};
@@ -98,9 +99,8 @@ inline float sum(const Lanes& a) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// 2^x for x in [-126, 126], 0 below. 2^f on [-1/2, 1/2] by a minimax polynomial of degree 6:
-// relative error 8e-8. Only fused multiply-adds and exact steps, so every machine gives the same
-// bits.
+// 2^x for x in [-126, 126], 0 below, with a relative error of 8e-8: a minimax polynomial on
+// [-1/2, 1/2]. Fused multiply-adds and exact steps alone, so every machine gives the same bits.
 inline float exp2_exact(float x) {
     const float clamped = std::min(std::max(x, -126.f), 126.f);
     const float n = (clamped + 12582912.f) - 12582912.f;  // 1.5 * 2^23: rounds to an integer
@@ -120,8 +120,8 @@ constexpr float log2e = 1.4426950408889634f;
 
 // [2] linear -------------------------------------------------------------------------------------
 
-// y[t, r] (+)= x[t, :] . w[r, :] over one slice of K, for a tile of ROWS weights by TOKENS tokens:
-// each weight that is read serves all of the tokens. The first slice sets y, the others add to it.
+// y[t, r] (+)= x[t, :] . w[r, :] over one slice of K, for a tile of ROWS weight rows by TOKENS
+// tokens, so that each weight is read once for all tokens. The first slice sets y, later ones add.
 template <int ROWS, int TOKENS, class W>
 inline void dot_tile(float* y, i64 y_stride, const W* w, i64 w_stride, const float* x, i64 x_stride,
                      i64 K, bool first) {
@@ -130,8 +130,8 @@ inline void dot_tile(float* y, i64 y_stride, const W* w, i64 w_stride, const flo
         Lanes weights[ROWS];
         for (int r = 0; r < ROWS; r++) {
             weights[r] = load(w + r * w_stride + k);
-            // The next tile's weights: alone the hardware restarts with each row, and decode at
-            // batch 1 reads 20 GB/s instead of 26 (two cores of a Xeon).
+            // The next tile's weights. The hardware's prefetcher restarts at each row, and
+            // without this line decode at batch 1 is a quarter slower (docs/design.md, section 10).
             __builtin_prefetch(w + (r + ROWS) * w_stride + k);
         }
         for (int t = 0; t < TOKENS; t++) {
@@ -147,7 +147,7 @@ inline void dot_tile(float* y, i64 y_stride, const W* w, i64 w_stride, const flo
     }
 }
 
-// The same for any number of rows, and of tokens up to tile_tokens.
+// dot_tile for any number of rows, and for up to tile_tokens tokens.
 template <class W, int TOKENS = tile_tokens>
 void dot_rows(i64 tokens, float* y, i64 y_stride, const W* w, i64 w_stride, i64 rows,
               const float* x, i64 x_stride, i64 K, bool first) {
@@ -170,8 +170,9 @@ void dot_rows(i64 tokens, float* y, i64 y_stride, const W* w, i64 w_stride, i64 
 // y[N, M] = x[N, K] w[M, K]^T, by the team; ends without a barrier.
 //
 // K is cut into slices of 1,152 floats, each summed from zero and then added, so that a tile of
-// tokens (36 KB) stays in the first-level cache. Blocks of 72 weight rows stay in the second level
-// while all tokens pass by; a few tokens take short blocks, whose rows stream from memory in order.
+// tokens (36 KB) stays in the first-level cache, and blocks of 72 weight rows, so that a block
+// stays in the second. With few tokens a block is one tile, so that rows stream from memory in
+// order.
 void linear(float* y, const float* x, const bf16* w, i64 N, i64 K, i64 M) {
     constexpr i64 slice = 1152;
     const i64 block = N <= tile_tokens ? tile_rows : 24 * tile_rows;
@@ -212,7 +213,7 @@ void rmsnorm(float* y, const float* x, const bf16* w, i64 N, i64 D, float eps) {
     for (int n = 0; n < N; n++) rmsnorm_row(y + n * D, x + n * D, w, D, eps);
 }
 
-// h += rmsnorm(branch, w): the branch is normed before it is added. The branch is overwritten.
+// h += rmsnorm(branch, w). Overwrites the branch.
 void add_rmsnorm(float* h, float* branch, const bf16* w, i64 N, i64 D, float eps) {
 #pragma omp for
     for (int n = 0; n < N; n++) {
@@ -246,8 +247,8 @@ void geglu(float* gate, const float* up, i64 count) {
 
 // One query token's heads over the keys lo..hi of one KV head:
 //   s[m, p] = scale q[m, :] . k[p, :],  out[m, :] = sum over p of softmax(s[m, :])[p] v[p, :]
-// page(i) gives the KV head's K of the positions 32i..32i+31, with its V behind it. Sums over keys
-// follow their absolute positions. What lies outside lo..hi has weight 0 and is never read.
+// page(i) returns the KV head's K of positions 32i..32i+31, followed by its V. A sum's order
+// depends on absolute positions alone. Keys outside lo..hi have weight 0 and are never read.
 template <class PageOf>
 void attend(float* out, const float* q, int heads, int E, float scale, int lo, int hi, PageOf page,
             std::vector<float>& scratch) {
@@ -315,25 +316,25 @@ inline uint64_t hash(uint64_t seed, uint64_t index) {
     return mix(seed + 0x9e3779b97f4a7c15u * (index + 1) + mix(seed));
 }
 
-// Shortens `keys` to the most likely ids whose weights reach top_p of the total: an id stays while
-// those before it fall short. Sorts no more than it must.
+// Shortens `keys` to the likeliest ids whose weights reach top_p of the total. Sorts 64 keys, then
+// 512, and so on, since the likeliest few usually suffice.
 void cut_top_p(std::vector<uint64_t>& keys, float top_p, auto&& weight_of) {
-    uint64_t total = 0, before = 0;
+    uint64_t total = 0, sum = 0;
     for (const uint64_t key : keys) total += weight_of(key);
     const auto enough = uint64_t(double(top_p) * double(total));
-    for (size_t done = 0, next = 64; done < keys.size(); next *= 8) {
-        const size_t end = std::min(next, keys.size());
-        const auto from = keys.begin() + ptrdiff_t(done);
-        std::partial_sort(from, keys.begin() + ptrdiff_t(end), keys.end());
-        for (; done < end; done++) {
-            before += weight_of(keys[done]);
-            if (before >= enough) return keys.resize(done + 1);
+    size_t sorted = 0;
+    for (size_t target = 64; sorted < keys.size(); target *= 8) {
+        const size_t end = std::min(target, keys.size());
+        const auto begin = keys.begin();
+        std::partial_sort(begin + ptrdiff_t(sorted), begin + ptrdiff_t(end), keys.end());
+        for (; sorted < end; sorted++) {
+            sum += weight_of(keys[sorted]);
+            if (sum >= enough) return keys.resize(sorted + 1);
         }
     }
 }
 
-// What is sampled from: the logits adjusted, and -infinity, whose weight is 0, where an id is not
-// allowed.
+// Returns the adjusted logits. Ids that are not allowed get -infinity, whose weight is 0.
 std::vector<float> adjust(const float* logits, const Config& c, const Output& out) {
     std::vector<float> adjusted(logits, logits + c.V);
     for (const Adjustment& a : out.adjustments) {
@@ -371,17 +372,18 @@ int sample(const std::vector<float>& logits, int vocab, const Output& out) {
               [](uint64_t a, uint64_t b) { return uint32_t(a) < uint32_t(b); });
     uint64_t total = 0;
     for (const uint64_t key : keys) total += weight_of(key);
-    const auto draw =
-        uint64_t((static_cast<unsigned __int128>(hash(s.seed, uint64_t(out.index))) * total) >> 64);
+    const unsigned __int128 random = hash(s.seed, uint64_t(out.index));
+    const auto draw = uint64_t(random * total >> 64);
     uint64_t sum = 0;
     for (const uint64_t key : keys) {
-        if ((sum += weight_of(key)) > draw) return int(uint32_t(key));
+        sum += weight_of(key);
+        if (sum > draw) return int(uint32_t(key));
     }
     assert(false);
     return int(best - logits.begin());
 }
 
-// log softmax of `id` and of the `count` likeliest, over all V logits, filler rows included.
+// Fills in the log softmax of result.id and of the `count` likeliest ids, over all V logits.
 void log_softmax(Result& result, const float* logits, int V, int count) {
     const float top = *std::max_element(logits, logits + V);
     uint64_t total = 0;
@@ -405,7 +407,7 @@ void log_softmax(Result& result, const float* logits, int V, int count) {
 
 // [5] The model -----------------------------------------------------------------------------------
 
-struct Free {
+struct FreeDeleter {
     void operator()(float* p) const { std::free(p); }
 };
 
@@ -457,9 +459,9 @@ class CpuModel : public Model {
     const Weights& w;
     int layers_of[2] = {0, 0};       // by Pool
     std::vector<int> layer_in_pool;  // [L]
-    std::unique_ptr<float[], Free> kv[2];
+    std::unique_ptr<float[], FreeDeleter> kv[2];
     std::vector<int> row_of;        // [N]
-    std::vector<float> h, x;        // [N, D] residual stream, and its norm; x also a branch
+    std::vector<float> h, x;        // [N, D] residual stream; its norm, then a branch's output
     std::vector<float> q, a;        // [N, H*E]
     std::vector<float> k, v;        // [N, G*E]
     std::vector<float> gate, up;    // [N, F]
@@ -470,16 +472,17 @@ class CpuModel : public Model {
 
 void CpuModel::resize(int N, int outputs) {
     const size_t n = size_t(N), o = size_t(outputs);
-    for (auto* each : {&h, &x}) each->resize(n * c.D);
+    for (auto* xs : {&h, &x}) xs->resize(n * c.D);
     for (auto* xs : {&q, &a}) xs->resize(n * c.H * c.E);
     for (auto* xs : {&k, &v}) xs->resize(n * c.G * c.E);
     for (auto* xs : {&gate, &up}) xs->resize(n * c.F);
     for (auto& xs : cos_sin) xs.resize(n * c.E);
-    last.resize(o * c.D), logits.resize(o * c.V);
+    last.resize(o * c.D);
+    logits.resize(o * c.V);
 }
 
-// Angles as Hugging Face computes them, in fp32: at position 30,000 the rounding of pos * inv_freq
-// is a thousandth of a radian, and the model was trained with it.
+// Angles are fp32, as in Hugging Face: at position 30,000 the rounding of pos * inv_freq is a
+// thousandth of a radian, and the model was trained with it.
 void CpuModel::rope_tables(const Batch& b) {
     const int half = c.E / 2;
 #pragma omp for
@@ -490,13 +493,14 @@ void CpuModel::rope_tables(const Batch& b) {
                 const auto inv_freq =
                     float(std::pow(c.theta[pool], -2. * i / c.E)) / c.rope_divisor[pool];
                 const float angle = float(b.positions[n]) * inv_freq;
-                row[i] = std::cos(angle), row[half + i] = std::sin(angle);
+                row[i] = std::cos(angle);
+                row[half + i] = std::sin(angle);
             }
         }
     }
 }
 
-// q and k: norm over the head, then RoPE; k and v go to their place in the pages.
+// Norms each head of q and k and rotates it by RoPE; writes k and v to their place in the pages.
 void CpuModel::qk_norm_rope_write(const Batch& b, int layer) {
     const Layer& l = w.layers[layer];
     const int E = c.E;
@@ -564,27 +568,26 @@ void CpuModel::forward(const Batch& b) {
 }
 
 Results CpuModel::step(const Batch& b) {
-    const int N = int(b.tokens.size()), most = 256;  // rows of logits at a time
+    constexpr int most_outputs = 256;  // rows of logits at a time
     const int outputs = int(b.outputs.size());
-    resize(N, std::min(outputs, most));
+    resize(int(b.tokens.size()), std::min(outputs, most_outputs));
     row_of.resize(b.tokens.size());
     for (size_t r = 0; r + 1 < b.row_start.size(); r++) {
         std::fill(row_of.begin() + b.row_start[r], row_of.begin() + b.row_start[r + 1], int(r));
     }
 #ifndef NDEBUG
     for (const Pool pool : pools) {
-        for (const int page : b.dead[pool]) {
-            std::fill_n(kv[pool].get() + page * page_floats(pool), page_floats(pool),
-                        std::nanf(""));
-        }
+        const size_t floats = page_floats(pool);
+        for (const int page : b.dead[pool])
+            std::fill_n(kv[pool].get() + page * floats, floats, std::nanf(""));
     }
 #endif
     Results results(b.outputs.size());
 #pragma omp parallel
     {
         forward(b);
-        for (int first = 0; first < outputs; first += most) {
-            const int count = std::min(most, outputs - first);
+        for (int first = 0; first < outputs; first += most_outputs) {
+            const int count = std::min(most_outputs, outputs - first);
 #pragma omp for
             for (int i = 0; i < count; i++) {
                 rmsnorm_row(last.data() + i * c.D,
