@@ -4,9 +4,9 @@
 // Beside the path.
 //
 // config.json has many dialects: flatten() turns each into one flat object, read_config() reads
-// that object. Weights stay in their mapped files; other types than bf16 are converted. No file is
-// trusted: a model that is not Gemma 3, is incomplete or contradicts its config is rejected in one
-// line, and memory is allocated only for bytes that a file really has.
+// that object. Weights stay in their mapped files, or are converted to bf16. No file is trusted: a
+// model that is not Gemma 3, is incomplete or contradicts its config is rejected in one line, and
+// memory is allocated only for bytes that a file really has.
 #include "gemma.h"
 
 #include <fcntl.h>
@@ -70,8 +70,8 @@ struct File {
     ~File() { munmap(const_cast<char*>(bytes.data()), bytes.size()); }
 };
 
-// Stricter than the library, which keeps the last value of a repeated key, and makes much memory of
-// few bytes if they nest deeply or hold many events (a 27B's header has 22,000).
+// Rejects a repeated key, of which the library would keep the last value, and JSON so deep or long
+// that a small file could take much memory (a 27B's header has 22,000 events).
 json parse(const std::string& path, std::string_view bytes) {
     std::vector<std::set<std::string>> keys;  // one set for each object that is still open
     int events = 0;
@@ -135,7 +135,7 @@ JsonValue read_object(const std::string& path) {
 // level, except in the fields that describe the whole model.
 JsonValue flatten(const std::string& path) {
     JsonValue top = read_object(path);
-    top.value.emplace("model_type", nullptr);  // text_config's does not stand in for a missing one
+    top.value.emplace("model_type", nullptr);  // missing here, text_config's must not replace it
     JsonValue f = top;
     f.value.merge_patch(top.object("text_config").value);
     for (const char* name : {"model_type", "architectures", "eos_token_id", "tie_word_embeddings",
@@ -184,7 +184,7 @@ bf16 to_bf16(float x) {
     return {static_cast<uint16_t>(x != x ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
 
-// The float is exact: a half's bits at a float's places have an exponent that is 112 too small.
+// Moved to a float's places, a half has an exponent that is 112 too small; the product is exact.
 bf16 half_to_bf16(uint16_t half) {
     const uint32_t u = (half & 0x7fffu) << 13;
     const float x = u < 0x0f800000 ? std::bit_cast<float>(u) * 0x1p112f
@@ -287,8 +287,7 @@ Tensor read_entry(const std::string& name, const JsonValue& entry, std::string_v
            text("dtype, shape and data_offsets that agree, within %zu bytes", data.size()));
 }
 
-// Returns a file's tensors in the order of their data, which they must cover without gap or
-// overlap.
+// Returns a file's tensors in the order of their data. They must cover it without gap or overlap.
 std::vector<Tensor> read_header(const File& file) {
     uint64_t length = 0;
     const size_t size = file.bytes.size();
@@ -479,7 +478,7 @@ Checkpoint::Checkpoint(const std::string& directory)
 
 namespace {
 
-// The first variable that is set and not empty decides, in huggingface_hub's order.
+// As in huggingface_hub, the first of these variables that is set and not empty decides.
 fs::path hub_cache() {
     for (const auto& [name, subdirectory] : {std::pair("HF_HUB_CACHE", ""),
                                              {"HUGGINGFACE_HUB_CACHE", ""},
@@ -495,7 +494,7 @@ fs::path hub_cache() {
     return ".cache/huggingface/hub";
 }
 
-// Whether the hub could have a model of this name: ORGANISATION/NAME.
+// Could this be a model's name on the hub, ORGANISATION/NAME?
 bool is_hub_name(const std::string& model) {
     const auto good = [](char c) { return std::isalnum(uint8_t(c)) || std::strchr("/._-", c); };
     return std::count(model.begin(), model.end(), '/') == 1 && std::isalnum(uint8_t(model[0])) &&

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// http.h: what http.cpp offers and what a route is. Sitting 3.
+// http.h: routes, and the server that calls them. Sitting 3.
 #pragma once
 
 #include <functional>
@@ -11,7 +11,7 @@
 
 namespace gemma {
 
-// A mistake of the client's, or of a flag's; `param` names the field.
+// Thrown to refuse a request or a flag; `param` names the field, if there is one.
 struct Refusal {
     int status;  // of HTTP
     std::string message, param;
@@ -25,26 +25,27 @@ struct HttpRequest {
 
 struct HttpReply {
     std::string body, type = "application/json";
-    // Where set, in the place of body: is called until it returns false, and appends what is ready,
-    // perhaps nothing; it waits for 50 ms at most. It is destroyed when the client has left.
+    // If set, it replaces the body: it is called until it returns false. Each call waits for 50 ms
+    // at most and may append to out. It is destroyed when the client has left.
     std::function<bool(std::string& out)> more;
 };
 
 struct Route {
-    std::string method, path;  // a path that ends with / serves all below it
-    std::function<HttpReply(const HttpRequest&)> answer;  // throws a Refusal when it will not
-    bool body = true;                                     // of a POST: it must be JSON
+    std::string method, path;  // a path that ends with / serves all paths below it
+    std::function<HttpReply(const HttpRequest&)> answer;  // may throw a Refusal
+    bool body = true;                                     // a POST must bring JSON
 };
 
-// Listens from its start on; each connection has a thread, one request and one answer.
+// Listens once it is constructed. Each connection has a thread, one request and one answer.
 class HttpServer {
   public:
-    // Error: cannot listen. Port 0: any free one. With keys, what lies under /v1 wants one of them.
+    // Throws an Error if it cannot listen. Port 0: any free port. With keys, each request under /v1
+    // must bring one of them.
     HttpServer(const std::string& host, int port, std::vector<Route> routes,
                std::vector<std::string> api_keys);
     ~HttpServer();
     int port;
-    // Ends within a second; false: some connection did not, and the process must exit by itself.
+    // Returns within a second. False: a connection has not ended, and the process must _Exit.
     bool stop();
 
   private:
