@@ -218,7 +218,7 @@ Config read_config(const std::string& directory) {
     c.E = f.field("head_dim", 256).number(64, 256);
     c.V = f.field("vocab_size", 262208).number(16, 1 << 19);
     c.W = f.field("sliding_window", 4096).number(1, 1 << 24);
-    c.max_positions = f.field("max_position_embeddings", 131072).number(1, 1 << 24);
+    c.max_positions = f.field("max_position_embeddings", 131072).number(1, 1 << 20);
     c.vocab = std::min(c.V, 262144);  // the embedding rows behind it are for images
     c.eps = f.field("rms_norm_eps", 1e-6f).number(0.f, 1.f);
     c.scale = 1 / std::sqrt(f.field("query_pre_attn_scalar", 256.f).number(1.f, 65536.f));

@@ -21,11 +21,9 @@
 #include "gemma.h"
 
 #include <algorithm>
-#include <cassert>
 #include <climits>
 #include <cmath>
 #include <cstring>
-#include <map>
 
 #include "attention.cuh"
 #include "linear.cuh"
@@ -44,12 +42,12 @@ constexpr int most_outputs = 256;  // rows of logits at a time
 struct StepShape {
     int N = 0, R = 0, outputs = 0, tiles = 0;
     bool adjusted = false, logprobs = false;  // whether any output has adjustments, wants logprobs
-    // Neighbouring rows that attend_rows takes in one launch. Only rows of one token have chunks,
-    // and those of a span have room in most_slots. Without rows of one token there is no span.
+    // Neighbouring rows that attend_rows takes in one launch: the chunks (of 64 keys) of their rows
+    // of one token have room in most_slots. Longer rows amid them have no chunks.
     struct Span {
         int first_row, rows;
-        // By Pool; the local pool never has more than the global one. Only counts bytes: a graph
-        // keeps the value of its capture, so no grid may depend on it.
+        // By Pool, fewer in the local one. Only for the bytes that `launch` reports: a graph keeps
+        // the values of its capture, so no grid may depend on them.
         int chunks[2];
     };
     std::vector<Span> spans;
@@ -64,7 +62,7 @@ struct RopeTables {
 void embed(Stream& s, float* h, const RopeTables& rope, const bf16* table, const int* tokens,
            const int* positions, int N, int D, int E, float scale);
 
-constexpr int most_groups = 4;  // groups_of is 1, 2 or 4
+constexpr int most_groups = 4;  // partial sums of a product, which groups_of(K) counts: 1, 2 or 4
 
 // Adds a branch to the residual stream and norms the sum for the next branch. Three uses: the first
 // of a step has no branch; those between branches have one, and write h_out; the last one norms
@@ -109,7 +107,7 @@ class CudaModel : public Model {
     void pack_rows(const Batch& batch, StepShape& shape);
     void pack_outputs(const Batch& batch, StepShape& shape);
     void pack_pages(const Batch& batch, const StepShape& shape);
-    void pack_choices(const Batch& batch);
+    void pack_constraints(const Batch& batch);
     template <class T>
     T* add_input(const T*& device, size_t count);
     void replay(const StepShape& shape);
@@ -121,7 +119,7 @@ class CudaModel : public Model {
     int layers_of[2] = {0, 0};       // by Pool
     std::vector<int> layer_in_pool;  // [L]
     Memory<bf16> kv[2];
-    // Activations of a step, rows rounded up to a tile's 128.
+    // Activations of a step, with N rounded up to 128 tokens, a tile of linear.cuh.
     Memory<float> h, parts, cos_sin[2], inv_freq;
     Memory<bf16> x, qkv, attended, gated;
     Memory<float> chunk_out;    // [slots][H][E]
@@ -129,7 +127,7 @@ class CudaModel : public Model {
     Memory<float> logits;       // [256, V]
     Memory<uint64_t> best;
     // A step's inputs, one array behind the other, and their copy on the device.
-    Memory<char, true> inputs;
+    HostMemory<char> inputs;
     Memory<char> device_inputs;
     size_t inputs_used = 0;  // bytes
     Tables tables{};
@@ -137,8 +135,8 @@ class CudaModel : public Model {
     const DeviceAdjustment* adjustments = nullptr;
     const uint32_t* allowed = nullptr;
     // A step's results: the kernels write them into the host's memory.
-    Memory<int, true> ids;
-    Memory<Details, true> details;
+    HostMemory<int> ids;
+    HostMemory<Details> details;
     struct Graph {
         cudaGraphExec_t exec;
         const PagePair* pages;  // where it reads the page table
@@ -153,7 +151,7 @@ void CudaModel::forward(const StepShape& shape) {
     const int N = shape.N, D = c.D, F = c.F, HE = c.H * c.E, GE = c.G * c.E;
     const RopeTables rope{inv_freq.data, {cos_sin[0].data, cos_sin[1].data}};
     Stream& s = stream;
-    s.first = true;  // so embed waits for the whole step before
+    s.first = true;  // embed, the next launch, waits until the step before has ended
     embed(s, h.data, rope, w.embed, tables.tokens, tables.positions, N, D, c.E, c.embed_scale);
     for (int i = 0; i < c.L; i++) {
         const DeviceLayer& l = w.layers[size_t(i)];
@@ -213,6 +211,7 @@ void CudaModel::lm_head(const StepShape& shape) {
         norm(stream, count, a);
         linear(stream, "lm_head", Store::parts_fp32, logits.data, x.data, w.embed, count, c.D, c.V);
         sample(stream,
+               // The adjustments are an input in which sample keeps the raw logits.
                {logits.data, best.data, asks + first, allowed,
                 const_cast<DeviceAdjustment*>(adjustments), ids + size_t(first),
                 details + size_t(first), count, c.V, c.vocab},
@@ -255,6 +254,8 @@ __global__ void __launch_bounds__(1024)
                  const int* positions, int D, int E, float scale) {
     const int n = int(blockIdx.x), d = int(threadIdx.x) * 8;
     launch_dependents();
+    // Before the wait: only what no kernel of this step writes, so weights and inputs
+    // (machine.cuh).
     const int token = tokens[n], position = positions[n];
     grid_dependency_wait();
     if (d < D) {
@@ -279,8 +280,8 @@ __global__ void __launch_bounds__(1024)
 void embed(Stream& s, float* h, const RopeTables& rope, const bf16* table, const int* tokens,
            const int* positions, int N, int D, int E, float scale) {
     assert(E % 2 == 0 && D % 8 == 0 && D <= 8 * 1024);
-    s.launch("embed", N * (6. * D + 8. * E), embed_kernel, dim3(N), ceil_div(D / 8, 32) * 32, 0, h,
-             rope, table, tokens, positions, D, E, scale);
+    s.launch("embed", /*bytes=*/N * (6. * D + 8. * E), embed_kernel, dim3(N),
+             ceil_div(D / 8, 32) * 32, 0, h, rope, table, tokens, positions, D, E, scale);
 }
 
 // h' = h + rmsnorm(sum of parts) (1 + post), then x = rmsnorm(h') (1 + pre). One block a token,
@@ -324,16 +325,16 @@ __global__ void __launch_bounds__(1024) norm_kernel(Norm a) {
 void norm(Stream& s, int N, const Norm& a) {
     assert(a.D % 8 == 0 && a.D <= 8 * 1024 && a.count <= most_groups);
     const double elements = double(N) * a.D;
-    s.launch("norm", elements * (2 + 4 + (a.parts ? 4 * a.count + 4 : 0)), norm_kernel, dim3(N),
-             ceil_div(a.D / 8, 32) * 32, 0, a);
+    s.launch("norm", /*bytes=*/elements * (2 + 4 + (a.parts ? 4 * a.count + 4 : 0)), norm_kernel,
+             dim3(N), ceil_div(a.D / 8, 32) * 32, 0, a);
 }
 
 // [3] Memory --------------------------------------------------------------------------------------
 
 CudaModel::CudaModel(const Checkpoint& checkpoint, const CudaOptions& options_)
     : c(checkpoint.config), options(options_) {
-    cudaDeviceProp gpu;
-    CUDA(cudaGetDeviceProperties(&gpu, 0));
+    assert(c.max_positions <= most_slots * chunk_keys);  // one row fits in a span
+    const cudaDeviceProp gpu = properties();
     stream.programmatic = gpu.major >= 9;
     stream.processors = gpu.multiProcessorCount;
     for (int l = 0; l < c.L; l++)
@@ -341,9 +342,8 @@ CudaModel::CudaModel(const Checkpoint& checkpoint, const CudaOptions& options_)
     const auto matrices = w.matrices(c, checkpoint.weights);
     size_t weights = 0, workspace = 0;
     for (const DeviceMatrix& m : matrices) weights += DeviceWeights::span(m) * sizeof(bf16);
-    each_activation([&](auto& memory, size_t count) {  //
-        workspace += count * sizeof(*memory.data);
-    });
+    const auto add = [&](auto& memory, size_t n) { workspace += n * sizeof(*memory.data); };
+    each_activation(add);
     size_t free_bytes, total;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
     const double room = options.memory_utilization * double(total) - double(total - free_bytes);
@@ -428,6 +428,7 @@ Ask ask_of(const Output& o) {
     r.scale = s.temperature < 1e-5f ? 0 : float(log2e / s.temperature);
     r.top_k = s.top_k;
     r.top_p = s.top_p;
+    // The likeliest id weighs 2^40. An id that weighs less than 1 is never drawn.
     r.least_weight = std::max<uint64_t>(1, uint64_t(s.min_p * 0x1p40f));
     const auto mix = [](uint64_t x) {  // SplitMix64's finaliser; twin: hash
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -441,9 +442,9 @@ Ask ask_of(const Output& o) {
     return r;
 }
 
-// Packs a step's inputs, one array behind the other, and copies them to the device at once. With a
-// bucket, rows without tokens of their own are added up to it: their pages are -1, they have no
-// chunks, and nobody reads what they compute.
+// Packs a step's inputs, one array behind the other, and copies them to the device at once. Rows
+// that fill a bucket have one token, 0 at position 0, no page and no chunk, and nobody reads what
+// they compute.
 StepShape CudaModel::pack(const Batch& b, int bucket) {
     StepShape shape;
     shape.N = bucket ? bucket : int(b.tokens.size());
@@ -457,14 +458,14 @@ StepShape CudaModel::pack(const Batch& b, int bucket) {
     pack_rows(b, shape);
     pack_outputs(b, shape);
     pack_pages(b, shape);  // grows with the longest row, so it is the last that a graph reads
-    pack_choices(b);       // adjustments and bitsets, which no graph reads (see bucket_of)
+    pack_constraints(b);   // adjustments and bitsets, which no graph reads (see bucket_of)
     CUDA(cudaMemcpyAsync(device_inputs.data, inputs.data, inputs_used, cudaMemcpyHostToDevice,
                          stream.stream));
     return shape;
 }
 
 // {adjustments of all outputs, words of their bitsets}
-std::pair<size_t, size_t> count_choices(const Batch& b) {
+std::pair<size_t, size_t> count_constraints(const Batch& b) {
     size_t adjusted = 0, words = 0;
     for (const Output& o : b.outputs) {
         adjusted += o.adjustments.size();
@@ -475,7 +476,7 @@ std::pair<size_t, size_t> count_choices(const Batch& b) {
 
 void CudaModel::reserve_inputs(const Batch& b, const StepShape& shape) {
     const auto N = size_t(shape.N), R = size_t(shape.R), outputs = size_t(shape.outputs);
-    const auto [adjusted, words] = count_choices(b);
+    const auto [adjusted, words] = count_constraints(b);
     constexpr size_t arrays = 16;  // at most; each begins at a multiple of 16 bytes
     const size_t bytes = (3 * N + 4 * (R + 1) + outputs + words) * sizeof(int) +
                          size_t(b.pages_per_row) * R * sizeof(PagePair) + outputs * sizeof(Ask) +
@@ -545,7 +546,7 @@ void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
     const auto outputs = size_t(shape.outputs);
     int* const output_token = add_input(tables.output_token, outputs);
     Ask* const ask = add_input(asks, outputs);
-    int next_adjustment = 0, next_word = 0;  // as pack_choices lays them out
+    int next_adjustment = 0, next_word = 0;  // as pack_constraints lays them out
     for (size_t i = 0; i < b.outputs.size(); i++) {
         const Output& o = b.outputs[i];
         output_token[i] = o.token;
@@ -560,8 +561,8 @@ void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
         if (!o.adjustments.empty() && o.target < 0) shape.adjusted = true;
         if (o.target >= 0 || o.sampling.logprobs >= 0) shape.logprobs = true;
     }
-    // Outputs that fill a bucket have the target 0, so sample_kernel does nothing for them, and no
-    // bitset that best_kernel would read.
+    // Outputs that fill a bucket are zeros. A target, 0, is not sampled; no bucket wants logprobs;
+    // -1 keeps best_kernel from reading a bitset that is not there.
     for (size_t i = b.outputs.size(); i < outputs; i++) ask[i].allowed = -1;
 }
 
@@ -581,8 +582,8 @@ void CudaModel::pack_pages(const Batch& b, const StepShape& shape) {
 }
 
 // What the outputs' choices depend on, one output's behind the other's.
-void CudaModel::pack_choices(const Batch& b) {
-    const auto [adjusted, words] = count_choices(b);
+void CudaModel::pack_constraints(const Batch& b) {
+    const auto [adjusted, words] = count_constraints(b);
     DeviceAdjustment* adjustment = add_input(adjustments, adjusted);
     uint32_t* bits = add_input(allowed, words);
     for (const Output& o : b.outputs) {
@@ -670,10 +671,9 @@ Results CudaModel::step(const Batch& b) {
 
 std::unique_ptr<Model> open_cuda(const Checkpoint& checkpoint, const CudaOptions& options) {
     int driver, runtime;
-    cudaDeviceProp gpu;
     CUDA(cudaDriverGetVersion(&driver));
     CUDA(cudaRuntimeGetVersion(&runtime));
-    CUDA(cudaGetDeviceProperties(&gpu, 0));
+    const cudaDeviceProp gpu = properties();
     say_step(
         text("CUDA context: %s, compute capability %d.%d, %.1f GB; driver for CUDA %s, "
              "runtime %s",

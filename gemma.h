@@ -165,7 +165,7 @@ struct Result {
         int id;
         float logprob;
     };
-    int id = 0;
+    int id = 0;            // sampled, or the Output's target
     float logprob = 0;     // 0 where none was asked for
     int rank = 0;          // 1: the likeliest
     std::vector<Top> top;  // likeliest first; ties by id

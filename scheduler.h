@@ -60,8 +60,8 @@ struct Sequence {
     // read when the next step is planned.
     std::atomic<bool> cancelled{false};
     // scheduler only
-    int computed = 0;                // tokens whose K and V lie in pages
-    int scored = 0;                  // tokens of the prompt whose logprobs are out
+    int computed = 0;  // tokens whose K and V lie in pages
+    int scored = 0;    // logprobs of the prompt that are out; the next is that of token scored + 1
     std::vector<int> pages[2];       // by Pool: the table, by absolute page; -1: released
     std::shared_ptr<Prefix> prefix;  // of its whole pages that are computed
     int preemptions = 0;
@@ -99,7 +99,7 @@ struct Limits {
 
     static int pages_for(int tokens) { return (tokens + page_tokens - 1) / page_tokens; }
     // Pages that `window` tokens can touch: the first of them may be the last token of its page.
-    int window_pages() const { return (window + page_tokens - 2) / page_tokens + 1; }
+    int window_pages() const { return pages_for(window - 1) + 1; }
     // Could a sequence that grows to so many tokens ever run?
     bool fit(int tokens) const {
         return pages_for(tokens) <= pages[global_pool] &&
@@ -294,7 +294,7 @@ class Scheduler {
     // Gives each running sequence its tokens and pages, oldest first; returns how many tokens the
     // step has left. Where no page is left, the newest sequence gives up its own. No decode row
     // waits for a long prompt, because only the newest sequence can be amid its prompt: it took all
-    // tokens of its step, or the last pages, so no sequence started behind it.
+    // tokens of its step, or the last pages, and then has_room lets no sequence start behind it.
     int plan_running() {
         int budget = limits.max_batched_tokens;
         for (size_t i = 0; i < running_.size() && budget > 0; i++) {
@@ -312,8 +312,8 @@ class Scheduler {
         return budget;
     }
 
-    // The victim keeps its tokens. They are computed again, with the same bits, and only the last
-    // of them has an Output, so nothing is delivered twice.
+    // The victim keeps its tokens. They are computed again, with the same bits. Nothing is
+    // delivered twice: only the last token, and tokens that are not scored yet, have an Output.
     void preempt_newest() {
         const auto victim = running_.back();
         running_.pop_back();
@@ -336,7 +336,7 @@ class Scheduler {
             }
             covered = std::min(covered, int(table.size()) * page_tokens - s.computed);
         }
-        return std::max(0, covered);
+        return covered;
     }
 
     void release(Sequence& s) {
@@ -425,8 +425,8 @@ class Scheduler {
         const int global = Limits::pages_for(left) + 1;
         const int step = Limits::pages_for(std::min(left, budget));
         const int local = std::min(global, limits.window_pages() + step);
-        // A running row that has fewer local pages than a window takes one without releasing one;
-        // a row with all of them has released one before it needs the next.
+        // A running row may take one more local page while it has fewer than a window. With all of
+        // them (W = 512: 17) it has released one before it takes the next.
         const auto grows = std::count_if(running_.begin(), running_.end(), [&](const auto& r) {
             const int holds = int(r->pages[local_pool].size()) - first_seen(r->computed);
             return holds < limits.window_pages();
@@ -435,8 +435,9 @@ class Scheduler {
                local + grows <= pages[local_pool].available();
     }
 
-    // Of the prompt, the logprobs of scored .. scored_until - 1 are due in a step that computes up
-    // to `end`. While any is due, scored >= computed, because take_cached takes nothing.
+    // A step that computes up to `end` gives the prompt's logprobs scored .. scored_until - 1.
+    // While any is due, scored >= computed, because take_cached takes nothing: build and finish
+    // rely on it, else they would count different outputs.
     static int scored_until(const Sequence& s, int end) {
         return s.prompt_logprobs < 0 ? 0 : std::min(end, s.prompt_tokens - 1);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // server.cpp: batching and OpenAI completions, in the order in which a request meets them. Sitting
-// 1, after server.h; scheduler.h comes next.
+// 1, after server.h; scheduler.h comes next, and has Sequence and Delivery.
 //
 //   [1] Routes   the OpenAI surface: a body becomes a Request, a Request an Answer
 //   [2] Answers  streamed or whole, text or chat: one path
@@ -14,8 +14,6 @@
 #include "server.h"
 
 #include <algorithm>
-#include <cstring>
-#include <ctime>
 #include <mutex>
 
 #include <malloc.h>
@@ -83,7 +81,7 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
             make_sequences(served, r, inbox, [&] { return visit->service.draw_seed(); });
         return start_answer(visit, std::move(r), inbox, std::move(sequences));
     } catch (...) {
-        engine.give_back(count);  // nothing was posted
+        engine.give_back(count);  // nothing was posted: start_answer posts last
         throw;
     }
 }
@@ -111,7 +109,7 @@ HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& ht
     const std::string all = "/v1/models";
     if (http.path != all) {
         const std::string name = http.path.substr(all.size() + 1);
-        check_model(service.served, name.empty() ? "/" : name);  // "" would mean the default
+        check_model(service.served, name.empty() ? "/" : name);  // no model is "/"; "" is the first
         return json_reply(card(service, name));
     }
     ordered list = ordered::parse(R"({"object":"list","data":[]})");
@@ -191,7 +189,8 @@ std::vector<Route> Service::routes() {
             {"GET", "/v1/models/", models},
             on_get("/health", health),
             on_get("/ping", health),
-            {"POST", "/ping", [this](const HttpRequest&) { return health(*this); }, false},
+            {"POST", "/ping", [this](const HttpRequest&) { return health(*this); },
+             /*body=*/false},
             on_get("/metrics", metrics_page),
             on_get("/load",
                    [](Service& s) {
@@ -219,7 +218,7 @@ class Answer {
         sequences.size(), Choice(*service.served.tokenizer, !request.skip_special_tokens));
     size_t unfinished = sequences.size();
     int prompt_tokens = 0;
-    double queued = -1, first_token = -1;  // seconds from the request to its first token's step
+    double queued = -1, first_token = -1;  // seconds until it was in a step, and had a token
     bool role_sent = false;
     const Writer writer{request, *service.served.tokenizer,
                         (request.chat ? "chatcmpl-" : "cmpl-") +
@@ -336,6 +335,7 @@ class Answer {
                 cut = at + (request.include_stop ? stop.size() : 0);
                 c.stop_reason = quote(stop);
             }
+            // The longest end of held that starts `stop`, which is never empty.
             for (size_t n = std::min(stop.size() - 1, c.held.size()); n > keep; n--) {
                 if (c.held.ends_with(std::string_view(stop).substr(0, n))) keep = n;
             }
@@ -415,8 +415,8 @@ class Answer {
     }
 };
 
-// Nothing may be refused from here on: ~Answer logs its own line and counts an aborted request, and
-// a sequence that is posted gives its place back itself, so the caller must not.
+// Once the Answer is made nothing may be refused: ~Answer logs and counts the request. Once the
+// sequences are posted nothing may be thrown: their places would be given back twice.
 HttpReply start_answer(std::shared_ptr<Visit> visit, Request request, std::shared_ptr<Inbox> inbox,
                        Sequences sequences) {
     Engine& engine = *visit->service.engine;

@@ -28,7 +28,8 @@ namespace gemma {
 
 struct Options {
     std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
-    std::vector<std::string> served_model_name, api_key;
+    std::vector<std::string> served_model_name,
+        api_key;  // parse_flags: the model, if none is given
     int64_t port = 8000, max_queue = 1024, seed = 0;
     // -1: not given
     int64_t max_model_len = -1, max_num_seqs = -1, max_num_batched_tokens = -1, pages = -1;
@@ -64,7 +65,7 @@ class Engine {
     void enter(int count);
     void give_back(int count);
     void post(const Sequences& sequences);
-    bool rests(std::chrono::milliseconds wait);  // does it wait for work, amid no step?
+    bool rests(std::chrono::milliseconds at_most);  // waits until it is amid no step: is it?
 
   private:
     void run();  // the thread
@@ -90,8 +91,8 @@ class Engine {
     std::thread thread;  // last: it starts when the rest is there
 };
 
-// The OpenAI surface of one model. Requests that come before open() wait for it. A shutdown is
-// leave, drained, then cut and drained again for those who are still inside, and rests.
+// The OpenAI surface of one model. Requests that come before open() wait for it. A shutdown:
+// leave(), drained(8 s), cut = true for requests that are still inside, drained(), rests().
 struct Service {
     explicit Service(const Options& options);
     ~Service();
@@ -100,18 +101,18 @@ struct Service {
     // What is given must outlive the service.
     void open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
               std::unique_ptr<Model> model, const Limits& limits, int max_model_len);
-    bool leave();                                  // nobody new from here on: 503. Was it open?
-    bool drained(std::chrono::milliseconds wait);  // is no request inside any more?
-    bool rests(std::chrono::milliseconds wait);    // as Engine's; only once open
+    bool leave();  // new requests get 503 from here on. Was it open?
+    bool drained(std::chrono::milliseconds at_most);  // waits until no request is inside: is none?
+    bool rests(std::chrono::milliseconds at_most);    // as Engine's; only once open
 
     // For routes and answers, in server.cpp.
     uint64_t draw_seed();
     std::string draw_hex();  // 32 digits, for ids
-    // Calls f under the mutex, then wakes the threads that wait: f may have changed what they wait
-    // for.
+    // Calls f under the mutex. Threads that wait look at what f changed: they are woken, but go on
+    // only when the mutex is free.
     auto locked(auto&& f) {
         const std::lock_guard lock(mutex);
-        changed.notify_all();  // they look once the mutex is free
+        changed.notify_all();
         return f();
     }
     void wait(auto&& until) {

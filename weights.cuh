@@ -62,6 +62,9 @@ struct Memory {
     T* operator+(size_t i) const { return data + i; }
 };
 
+template <class T>
+using HostMemory = Memory<T, true>;
+
 // A matrix on the device: rows of `width` from one or more of the checkpoint's, which follow each
 // other, or alternate.
 struct DeviceMatrix {
@@ -182,6 +185,12 @@ inline void DeviceWeights::upload(const std::vector<DeviceMatrix>& all) {
 
 std::string version(int v) { return text("%d.%d", v / 1000, v % 1000 / 10); }
 
+cudaDeviceProp properties() {  // of the GPU that is used, the first
+    cudaDeviceProp gpu;
+    CUDA(cudaGetDeviceProperties(&gpu, 0));
+    return gpu;
+}
+
 }  // namespace
 
 std::string cuda_missing() {
@@ -198,8 +207,7 @@ std::string cuda_missing() {
     }
     if (error != cudaSuccess || count == 0)
         return text("no NVIDIA GPU can be used: %s", cudaGetErrorString(error));
-    cudaDeviceProp gpu;
-    CUDA(cudaGetDeviceProperties(&gpu, 0));
+    const cudaDeviceProp gpu = properties();
     if (gpu.major >= 8) return "";
     return text("%s has compute capability %d.%d, and the kernels need 8.0 (Ampere) or newer",
                 gpu.name, gpu.major, gpu.minor);

@@ -431,6 +431,9 @@ TEST_CASE("a config that cannot be served is refused in one line") {
         {R"({"rms_norm_eps": 7})", {"rms_norm_eps", "7", "0 to 1"}},
         {R"({"rope_theta": 0})", {"rope_theta", "0", "1 to"}},
         {R"({"sliding_window_pattern": 0})", {"sliding_window_pattern", "0", "1 to"}},
+        // A row of more positions would overrun the CUDA engine's room for chunks.
+        {R"({"max_position_embeddings": 1048577})",
+         {"max_position_embeddings", "1048577", "1 to 1048576"}},
         {R"({"layer_types": ["full_attention"]})", {"layer_types", "full_attention", "3"}},
         {R"({"layer_types": ["full_attention", "chunked", "full_attention"]})",
          {"layer_types", "chunked", "sliding_attention"}},

@@ -966,8 +966,8 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
         const Array<Ask> asks_(asks);
         const Array<DeviceAdjustment> adjustments_(adjustments);
         const Array<uint32_t> allowed_(allowed);
-        Memory<int, true> ids;
-        Memory<Details, true> details;
+        HostMemory<int> ids;
+        HostMemory<Details> details;
         ids.reserve(count), details.reserve(count);
         std::memset(static_cast<void*>(ids.data), pattern, count * sizeof(int));
         std::memset(static_cast<void*>(details.data), pattern, count * sizeof(Details));
