@@ -20,6 +20,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -66,7 +67,7 @@ struct Sequence {
     std::shared_ptr<Prefix> prefix;  // of its whole pages that are computed
     int preemptions = 0;
     int cached_tokens = 0;  // of its prompt, found in the cache when it started
-    double started = 0;     // when it was first in a step
+    double started = -1;    // when it was first in a step; -1: not yet
     struct Penalised {
         size_t place;  // in adjustments
         int count;     // times generated
@@ -147,7 +148,7 @@ struct PoolUse {
 };
 
 // The books of one pool. A page that is released while it has a Prefix stays cached until its room
-// is needed, least recently used first.
+// is needed: first the pages that `pass` names, then the least recently used.
 class Pages {
   public:
     Pages(Pool of_pool, int total) : pool(of_pool), books(size_t(total)) {
@@ -156,9 +157,10 @@ class Pages {
 
     int allocate() {  // a page held once, or -1
         if (free.empty()) {
-            if (cached.empty()) return -1;
-            forget(cached.front());
-            cached.pop_front();
+            auto& list = passed.empty() ? cached : passed;
+            if (list.empty()) return -1;
+            forget(list.front());
+            list.pop_front();
         }
         const int page = free.back();
         free.pop_back();
@@ -168,8 +170,22 @@ class Pages {
 
     void retain(int page) {
         Book& book = books[page];
-        if (book.holders == 0) cached.erase(book.place);
+        if (book.holders == 0) (book.passed ? passed : cached).erase(book.place);
         book.holders++;
+        book.passed = false;
+    }
+    void count_hit(int page) { books[page].hits++; }
+
+    // A sequence has gone on from this page by more than a window, so its next turn will not need
+    // the page. A page with two hits is the end of a prompt that many share, and stays. False:
+    // nothing changes.
+    bool pass(int page) {
+        if (page < 0) return false;
+        Book& book = books[page];
+        if (book.holders > 0 || book.passed || book.hits >= 2) return false;
+        passed.splice(passed.end(), cached, book.place);
+        book.passed = true;
+        return true;
     }
 
     void release(int page) {
@@ -189,9 +205,10 @@ class Pages {
         books[page].prefix = prefix;
     }
 
-    int available() const { return int(free.size() + cached.size()); }
+    int available() const { return int(free.size() + cached.size() + passed.size()); }
     PoolUse use() const {
-        return {int(books.size()) - available(), int(cached.size()), int(free.size())};
+        const int unused = int(free.size());
+        return {int(books.size()) - available(), available() - unused, unused};
     }
     std::vector<int> dead;  // as Batch::dead
 
@@ -199,11 +216,14 @@ class Pages {
     struct Book {
         int holders = 0;
         std::shared_ptr<Prefix> prefix;
-        std::list<int>::iterator place;  // in `cached`; only while the page is there
+        std::list<int>::iterator place;  // in `cached` or `passed`; only while the page is there
+        int hits = 0;
+        bool passed = false;
     };
 
     void forget(int page) {
         if (auto prefix = std::move(books[page].prefix)) prefix->page[pool] = -1;
+        books[page] = Book{};
         free.push_back(page);
         dead.push_back(page);
     }
@@ -211,7 +231,7 @@ class Pages {
     Pool pool;
     std::vector<Book> books;
     std::vector<int> free;
-    std::list<int> cached;  // least recently used first
+    std::list<int> cached, passed;  // least recently used first
 };
 
 // [3] Scheduler -----------------------------------------------------------------------------------
@@ -233,13 +253,10 @@ class Scheduler {
     // A Batch without tokens means that no sequence is left: every sequence that was added fits
     // alone, so the oldest one always runs. `now` is kept as the time when sequences start.
     const Batch& next(double now = 0) {
-        const int before = preemptions_;
         rows.clear();
         drop_cancelled();
-        const int budget = plan_running();
-        // A step that preempted for lack of pages admits nobody: a newcomer would take the pages
-        // that were just freed.
-        if (preemptions_ == before) admit(budget, now);
+        admit();
+        while (rows.empty() && !running_.empty()) plan(now);  // again, if all rows were preempted
         build();
         return batch;
     }
@@ -291,26 +308,63 @@ class Scheduler {
         std::erase_if(running_, drop);
     }
 
-    // Gives each running sequence its tokens and pages, oldest first; returns how many tokens the
-    // step has left. Where no page is left, the newest sequence gives up its own. No decode row
-    // waits for a long prompt, because only the newest sequence can be amid its prompt: it took all
-    // tokens of its step, or the last pages, and then has_room lets no sequence start behind it.
-    int plan_running() {
-        int budget = limits.max_batched_tokens;
-        for (size_t i = 0; i < running_.size() && budget > 0; i++) {
+    // Tokens whose K and V are not there: 1 in decode, more in prefill.
+    static int left(const Sequence& s) { return int(s.tokens.size()) - s.computed; }
+
+    // Gives each running sequence its share of the step's tokens, and pages for them, oldest first.
+    // Where no page is left, the newest sequence gives up its own.
+    void plan(double now) {
+        const std::vector<int> shares = share_out();
+        for (size_t i = 0; i < running_.size(); i++) {
+            if (shares[i] == 0) continue;
             const auto s = running_[i];
-            const int want = std::min(int(s->tokens.size()) - s->computed, budget);
-            int got = grow(*s, want);
+            int got = grow(*s, shares[i]);
             while (got == 0) {
                 preempt_newest();
-                if (i == running_.size()) return budget;  // it was s itself
-                got = grow(*s, want);
+                if (i == running_.size()) return;  // it was s itself
+                got = grow(*s, shares[i]);
+            }
+            if (s->started < 0) {
+                s->started = now;
+                s->cached_tokens = s->computed;
             }
             rows.push_back({s, got});
-            budget -= got;
         }
-        return budget;
     }
+
+    // Tokens of the step for each running sequence. Decode rows come first, so none waits for a
+    // prompt; then prompts, oldest first. But the shortest of the other prompts may take `lead`
+    // tokens from the oldest, so a short prompt does not wait for a long one. The lead grows by a
+    // 16th of what the oldest gets, so the oldest takes less than a tenth longer.
+    std::vector<int> share_out() {
+        std::vector<int> shares(running_.size());
+        std::vector<size_t> prompts;
+        int tokens = limits.max_batched_tokens;
+        for (size_t i = 0; i < running_.size(); i++) {
+            if (left(*running_[i]) > 1) prompts.push_back(i);
+            if (left(*running_[i]) == 1 && tokens > 0) shares[i] = 1;
+            tokens -= shares[i];
+        }
+        if (prompts.empty()) return shares;
+        const size_t oldest = prompts[0];
+        const int whole = std::min(left(*running_[oldest]), tokens);  // the oldest's, if alone
+        const size_t shortest = *std::min_element(
+            prompts.begin(), prompts.end(),
+            [&](size_t a, size_t b) { return left(*running_[a]) < left(*running_[b]); });
+        if (left(*running_[shortest]) <= left(*running_[oldest]) / 4) {
+            shares[shortest] = std::min({left(*running_[shortest]), lead, tokens / 2});
+            tokens -= shares[shortest];
+        }
+        for (const size_t i : prompts) {
+            const int more = std::min(left(*running_[i]) - shares[i], tokens);
+            shares[i] += more;
+            tokens -= more;
+        }
+        const int taken = whole - shares[oldest];
+        lead = std::min(lead - taken + shares[oldest] / 16, most_lead());
+        return shares;
+    }
+    int most_lead() const { return std::max(page_tokens, limits.max_batched_tokens / 16); }
 
     // The victim keeps its tokens. They are computed again, with the same bits. Nothing is
     // delivered twice: only the last token, and tokens that are not scored yet, have an Output.
@@ -351,28 +405,42 @@ class Scheduler {
         s.prefix = root;  // a Sequence may die on another thread, and must not take the tree along
     }
 
-    // First come, first served: a sequence without room holds up those behind it.
-    void admit(int budget, double now) {
-        while (!waiting_.empty() && int(running_.size()) < limits.max_num_seqs && budget > 0) {
-            const auto s = waiting_.front();
+    // First come, first served: a sequence without room holds up those behind it. One whose pages
+    // another is computing is passed over, until they are there.
+    void admit() {
+        auto at = waiting_.begin();
+        while (at != waiting_.end() && int(running_.size()) < limits.max_num_seqs) {
+            const auto s = *at;
+            if (is_being_computed(*s)) {
+                at++;
+                continue;
+            }
             take_cached(*s);
-            const int cached = s->computed;
-            int got = 0;
-            if (has_room(*s, budget))
-                got = grow(*s, std::min(int(s->tokens.size()) - s->computed, budget));
-            if (got == 0) {
-                release(*s);  // also what take_cached held
+            if (!has_room(*s)) {
+                release(*s);  // what take_cached held
                 return;
             }
-            if (s->preemptions == 0) {
-                s->cached_tokens = cached;
-                s->started = now;
+            for (const int page : s->pages[local_pool]) {
+                if (page >= 0) pages[local_pool].count_hit(page);
             }
-            waiting_.pop_front();
+            at = waiting_.erase(at);
             running_.push_back(s);
-            rows.push_back({s, got});
-            budget -= got;
         }
+    }
+
+    // Will a running prompt fill a page that this one could find in the cache?
+    bool is_being_computed(const Sequence& s) const {
+        if (wants_scores(s)) return false;
+        return std::any_of(running_.begin(), running_.end(), [&](const auto& r) {
+            const int end = (r->computed / page_tokens + 1) * page_tokens;  // of its next page
+            return left(*r) > 1 && end <= int(r->tokens.size()) && end < int(s.tokens.size()) &&
+                   std::equal(s.tokens.begin(), s.tokens.begin() + end, r->tokens.begin());
+        });
+    }
+
+    // prompt_logprobs need logits of every token of the prompt, and cached pages have none.
+    static bool wants_scores(const Sequence& s) {
+        return s.scored < s.prompt_tokens - 1 && s.prompt_logprobs >= 0;
     }
 
     // First of the pages that the window of the token at `position` still touches.
@@ -383,8 +451,7 @@ class Scheduler {
     // The longest known prefix: global pages from the start on, and the local pages that the window
     // still sees. At least one token is left to compute, because its logits are needed.
     void take_cached(Sequence& s) {
-        // prompt_logprobs need logits of every token of the prompt, and cached pages have none.
-        if (s.scored < s.prompt_tokens - 1 && s.prompt_logprobs >= 0) return;
+        if (wants_scores(s)) return;
         std::vector<std::shared_ptr<Prefix>> chain;
         auto node = root;
         while ((chain.size() + 1) * page_tokens < s.tokens.size()) {
@@ -414,25 +481,29 @@ class Scheduler {
                            [](const auto& p) { return p->page[local_pool] >= 0; });
     }
 
-    // Beside others a sequence starts only if its whole prompt has room, and each of the others has
-    // a page to grow by: else it would be preempted at once.
-    bool has_room(const Sequence& s, int budget) const {
+    // Beside others a sequence starts only if both pools have room for all known tokens and one
+    // page to grow by, of it and of each other: else it would be preempted at once.
+    bool has_room(const Sequence& s) const {
         if (running_.empty()) return true;
-        const int left = int(s.tokens.size()) - s.computed;
-        // Global: all that is left, and a page to grow by (computed is whole pages, see
-        // take_cached). Local: the same, or a window and what one step adds, since pages behind the
-        // window are released after a step.
-        const int global = Limits::pages_for(left) + 1;
-        const int step = Limits::pages_for(std::min(left, budget));
-        const int local = std::min(global, limits.window_pages() + step);
-        // A running row may take one more local page while it has fewer than a window. With all of
-        // them (W = 512: 17) it has released one before it takes the next.
-        const auto grows = std::count_if(running_.begin(), running_.end(), [&](const auto& r) {
-            const int holds = int(r->pages[local_pool].size()) - first_seen(r->computed);
-            return holds < limits.window_pages();
+        return std::all_of(std::begin(pools), std::end(pools), [&](Pool pool) {
+            int sum = pages_to_take(s, pool);
+            for (const auto& r : running_) sum += pages_to_take(*r, pool);
+            return sum <= pages[pool].available();
         });
-        return global + int(running_.size()) <= pages[global_pool].available() &&
-               local + grows <= pages[local_pool].available();
+    }
+    int pages_to_take(const Sequence& s, Pool pool) const {
+        const bool prompt = left(s) > 1;
+        const int all = Limits::pages_for(int(s.tokens.size())) - int(s.pages[pool].size());
+        const int most = prompt ? all + 1 : 1;
+        if (pool == global_pool) return most;
+        // Local: what a window lacks, and what a step of a prompt adds before it releases the pages
+        // behind. A decode row with a whole window (W = 512: 17 pages) has released one before it
+        // takes the next.
+        const int lacks =
+            limits.window_pages() - int(s.pages[pool].size()) + first_seen(s.computed);
+        const int step =
+            prompt ? Limits::pages_for(std::min(left(s), limits.max_batched_tokens)) : 0;
+        return std::clamp(lacks + step, 0, most);
     }
 
     // A step that computes up to `end` gives the prompt's logprobs scored .. scored_until - 1.
@@ -500,6 +571,16 @@ class Scheduler {
             pages[local_pool].release(page);
             page = -1;
         }
+        pass_pages(s);
+    }
+
+    // A page that the window has left by more than a page: the first one behind is needed if the
+    // same prompt comes again, because a hit leaves a token to compute.
+    void pass_pages(const Sequence& s) {
+        int i = s.computed / page_tokens;
+        auto node = s.prefix;  // of page i - 1
+        for (; i > first_seen(s.computed) - 1 && node != root; i--) node = node->parent;
+        while (node != root && pages[local_pool].pass(node->page[local_pool])) node = node->parent;
     }
 
     // A generated id; returns whether it ends the sequence.
@@ -541,6 +622,7 @@ class Scheduler {
     std::vector<Row> rows;                           // of the step that next() planned
     Batch batch;
     int preemptions_ = 0;
+    int lead = most_lead();  // see share_out
 };
 
 }  // namespace gemma
