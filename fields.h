@@ -31,8 +31,25 @@ using nlohmann::json;
     throw Refusal{400, message, param};
 }
 
-inline std::string quote(const json& value) {  // JSON text, valid UTF-8 whatever the bytes
-    return value.dump(-1, ' ', false, json::error_handler_t::replace);
+// Strict: nlohmann takes a NUL for the end of the text and ignores what follows it; a control
+// character in its place is an error wherever it stands. check: nlohmann's callback, if any.
+inline json parse_json(std::string_view text, const json::parser_callback_t& check = nullptr) {
+    const size_t nul = text.find('\0');
+    if (nul == text.npos) return json::parse(text, check);
+    return json::parse(std::string(text.substr(0, nul)) + '\1', check);
+}
+
+// JSON text, valid UTF-8 whatever the bytes. U+0085, U+2028 and U+2029 are escaped, because clients
+// that divide a stream by Python's splitlines() would break an event there.
+inline std::string quote(const json& value) {
+    std::string s = value.dump(-1, ' ', false, json::error_handler_t::replace);
+    for (const auto& [raw, escape] :
+         {std::pair<std::string_view, const char*>("\u0085", R"(\u0085)"),
+          {"\u2028", R"(\u2028)"},
+          {"\u2029", R"(\u2029)"}}) {
+        for (size_t at = 0; (at = s.find(raw, at)) != s.npos;) s.replace(at, raw.size(), escape);
+    }
+    return s;
 }
 
 // A value in an error: cut, so that an answer is never much longer than its request.
@@ -55,15 +72,21 @@ inline double as_number(const json& v) {
     return error == std::errc() && end == s.data() + s.size() ? d : std::nan("");
 }
 
-// The integer that a value is, within a range. 2^63 is the first double, and the first uint64, that
-// an int64 cannot hold.
-inline std::optional<int64_t> as_integer(const json& v, double low, double high) {
+// The integer that a value is, if an int64 can hold it: of 16, 16.0, "16" and true, not of "1e2".
+// JSON's parser rounds an integer below -2^63 to -2^63, as a double, so that double is refused.
+inline std::optional<int64_t> as_integer(const json& v) {
+    if (v.is_string()) {
+        const auto& s = v.get_ref<const std::string&>();
+        int64_t integer = 0;
+        const auto [end, error] = std::from_chars(s.data(), s.data() + s.size(), integer);
+        if (error != std::errc() || end != s.data() + s.size()) return {};
+        return integer;
+    }
+    if (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX)) return {};
+    if (v.is_number_integer()) return v.get<int64_t>();
     const double number = as_number(v);
-    const bool fits =
-        number == std::floor(number) && number >= -0x1p63 &&
-        (v.is_number_unsigned() ? v.get<uint64_t>() <= uint64_t(INT64_MAX) : number < 0x1p63);
-    if (!fits || number < low || number > high) return {};
-    return v.is_number_integer() ? v.get<int64_t>() : int64_t(number);
+    if (number != std::floor(number) || std::fabs(number) >= 0x1p63) return {};
+    return int64_t(number);
 }
 
 // What a field's value may be.
@@ -72,8 +95,19 @@ struct Allowed {
     double low = 0, high = 0;  // of a number, or of the members of a list; of strings: how many
 
     std::string range() const {
-        return (low == above_zero ? " above 0" : text(" of at least %.15g", low)) +
-               (high == no_limit ? "" : text(" and at most %.15g", high));
+        // A limit of int64 has pydantic's name for its error, which vLLM's clients look for.
+        const auto print = [](double limit) {
+            if (std::fabs(limit) < 0x1p63) return text("%.15g", limit);
+            return limit < 0 ? std::to_string(INT64_MIN) + " (greater_than_equal)"
+                             : std::to_string(INT64_MAX) + " (less_than_equal)";
+        };
+        return (low == above_zero ? " above 0" : " of at least " + print(low)) +
+               (high == no_limit ? "" : " and at most " + print(high));
+    }
+    std::optional<int64_t> integer(const json& value) const {
+        const auto integer = as_integer(value);
+        const bool within = integer && double(*integer) >= low && double(*integer) <= high;
+        return within ? integer : std::nullopt;
     }
     void need(bool met, const json& value, const std::string& wanted) const {
         if (met) return;
@@ -89,7 +123,7 @@ inline void assign(bool& out, const Allowed& allowed, const json& value) {
     out = yes;
 }
 inline void assign(int64_t& out, const Allowed& allowed, const json& value) {
-    const auto integer = as_integer(value, allowed.low, allowed.high);
+    const auto integer = allowed.integer(value);
     allowed.need(integer.has_value(), value, "an integer" + allowed.range());
     out = *integer;
 }
@@ -107,7 +141,7 @@ inline void assign(std::vector<int>& out, const Allowed& allowed, const json& va
     const std::string wanted = "a list of integers" + allowed.range();
     allowed.need(value.is_array(), value, wanted);
     for (const json& one : value) {
-        const auto integer = as_integer(one, allowed.low, allowed.high);
+        const auto integer = allowed.integer(one);
         allowed.need(integer.has_value() && one.is_number(), value, wanted);
         out.push_back(int(*integer));
     }
@@ -125,7 +159,7 @@ inline void assign(std::map<int, double>& out, const Allowed& allowed, const jso
     const char* const wanted = "an object of token ids and numbers";
     allowed.need(value.is_object(), value, wanted);
     for (const auto& [id, amount] : value.items()) {
-        const auto integer = as_integer(id, allowed.low, allowed.high);
+        const auto integer = allowed.integer(id);
         const bool good = std::isfinite(as_number(amount)) && !amount.is_boolean();
         allowed.need(integer && good, value, wanted);
         out[int(*integer)] = as_number(amount);

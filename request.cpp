@@ -101,8 +101,8 @@ std::vector<int> parse_ids(const Served& served, const json& list, const char* p
     std::vector<int> ids;
     const int V = served.checkpoint->config.V;
     for (const json& one : list) {
-        const auto id = one.is_number_integer() ? as_integer(one, 0, V - 1) : std::nullopt;
-        if (!id)
+        const auto id = Allowed{param, 0, double(V - 1)}.integer(one);
+        if (!id || !one.is_number_integer())
             refuse(param, "%s: token id %s is out of vocabulary: ids are integers from 0 to %d",
                    param, show(one).c_str(), V - 1);
         ids.push_back(int(*id));
@@ -177,7 +177,7 @@ json parse_body(const std::string& body) {
         if (depth > 64) refuse("", "the body is nested more than 64 levels deep");
     }
     try {
-        json parsed = json::parse(body);
+        json parsed = parse_json(body);
         if (!parsed.is_object()) refuse("", "the body must be a JSON object");
         return parsed;
     } catch (const json::parse_error& e) {

@@ -705,6 +705,8 @@ TEST_CASE("parameters of a wrong type or out of range are named, with value and 
         ["both", "repetition_penalty", "above 0", [0, -1, "x"]],
         ["both", "min_tokens", "at least 0", [-1, 1.5, "x", 1e30]],
         ["both", "logit_bias", "", [5, "x", [5], {"5": "x"}, {"5": null}, {"5": [1]}]],
+        ["both", "logit_bias", "", [{"1e2": 1}, {"1.0": 1}]],
+        ["both", "max_tokens", "an integer", ["1e2", "16.5", ""]],
         ["both", "logit_bias", "", [{"x": 1}, {"1.5": 1}, {"": 1}, {"5 ": 1}, {"0x5": 1}]],
         ["both", "logit_bias", "2048", [{"2048": 1}, {"5": 1, "999999": -1}]],
         ["both", "logit_bias", "", [{"-1": 1}, {"99999999999999999999": 1}, {"4294967301": 1}]],
@@ -739,6 +741,51 @@ TEST_CASE("parameters of a wrong type or out of range are named, with value and 
             }
         }
     }
+}
+
+TEST_CASE("D12: a seed is read as an integer, and its limits are written as integers", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const auto reply = [&](const std::string& seed) {
+            const std::string body = write(with(base(path), {{"max_tokens", 1}, {"seed", 77}}));
+            const size_t at = body.find("77");
+            return send(server().port, "POST", path,
+                        body.substr(0, at) + seed + body.substr(at + 2));
+        };
+        for (const char* good :
+             {"-9223372036854775808", "9223372036854775807", "\"9223372036854775807\"", "5.0"})
+            CHECK(reply(good).status == 200);
+        for (const char* bad : {"-9223372036854775809", "9223372036854775808", "1e30", "-1e30",
+                                "\"-9223372036854775809\"", "\"9223372036854775808\"", "1.5"}) {
+            INFO(bad);
+            check_refusal(
+                reply(bad), 400,
+                {"seed must be an integer of at least -9223372036854775808",
+                 "and at most 9223372036854775807", "greater_than_equal", "less_than_equal"});
+        }
+    }
+    const auto first = [](int64_t seed) {
+        return first_text(
+            complete({{"seed", seed}, {"temperature", 9}, {"top_k", 0}, {"max_tokens", 8}}));
+    };
+    // As doubles these two are equal.
+    CHECK(first(INT64_MAX) != first(INT64_MAX - 1));
+}
+
+TEST_CASE("F7: nothing may follow a body, also behind a NUL", "[http]") {
+    for (const char* path :
+         {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}) {
+        const json body =
+            with(base(path == chat ? chat : completions), {{"max_tokens", 1}, {"tokens", {700}}});
+        const std::string good = write(body), nul(1, '\0');
+        CHECK(send(server().port, "POST", path, good + " \n").status == 200);
+        for (const std::string& bad : {good + nul, good + nul + "{", nul + good, good + " " + nul,
+                                       "{" + nul + good.substr(1), good + "x"}) {
+            INFO(path << bad.size());
+            check_refusal(send(server().port, "POST", path, bad), 400, {"not valid JSON"});
+        }
+    }
+    // Written as JSON writes it, NUL is a character.
+    CHECK(complete({{"prompt", std::string("a\0b", 3)}, {"max_tokens", 1}}).contains("id"));
 }
 
 TEST_CASE("values at the limits, and null, are accepted", "[http]") {
@@ -1523,6 +1570,22 @@ TEST_CASE("bug: UTF-8 split across tokens", "[http]") {
     const std::string prompt = "Xin chào 🌍 日本";
     CHECK(first_text(both(completions, {{"prompt", prompt}, {"echo", true}, {"max_tokens", 0}})) ==
           prompt);
+}
+
+TEST_CASE("D6: no event of a stream has a character at which splitlines() ends a line", "[http]") {
+    const std::string odd = "a\u0085b\u2028c\u2029d\v\f\x1c\x1d\x1e\r";
+    for (const bool whole : {false, true}) {
+        const json body =
+            with(base(completions, odd), {{"echo", true}, {"max_tokens", 1}, {"stream", !whole}});
+        const Reply reply = post(completions, body);
+        REQUIRE(reply.status == 200);
+        const std::string& sent = reply.body;
+        for (const char* raw :
+             {"\u0085", "\u2028", "\u2029", "\v", "\f", "\x1c", "\x1d", "\x1e", "\r"})
+            CHECK(sent.find(raw) == std::string::npos);
+        const json first = whole ? reply.parsed() : read_events(reply).events[0];
+        CHECK(text_of(first["choices"][0]).starts_with(odd));
+    }
 }
 
 TEST_CASE("bug: stop string over tokens, streamed too early", "[http]") {

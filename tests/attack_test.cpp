@@ -565,6 +565,8 @@ std::vector<Posted> malformed_texts() {
                         "{}",
                         "{\"a\":1}",
                         R"({"prompt":"a"} x)",
+                        std::string("{\"prompt\":\"a\"}\0", 15),
+                        std::string("{\"prompt\":\"a\"}\0{}", 17),
                         R"({"prompt":"a")",
                         R"({"prompt":"a)",
                         R"({"prompt":'a'})",
