@@ -160,6 +160,40 @@ void check_fields(const Served& served, Request& r, const json& body) {
         refuse("allowed_token_ids", "allowed_token_ids must be a list of at least one id, got []");
 }
 
+// A message's content as the template takes it: text, or a list of parts that are text. As in
+// vLLM, null is a list without parts, and a part whose text is null is left out.
+json template_content(const json& content, size_t message) {
+    static const std::map<std::string, const char*> texts{{"text", "text"},
+                                                          {"input_text", "text"},
+                                                          {"output_text", "text"},
+                                                          {"refusal", "refusal"},
+                                                          {"thinking", "thinking"}};
+    if (!content.is_array() && !content.is_null()) return content;
+    json parts = json::array();
+    for (const json& part : content) {
+        if (part.is_string()) parts.push_back({{"type", "text"}, {"text", part}});
+        if (part.is_string()) continue;
+        const json type = part.is_object() ? part.value("type", json()) : json();
+        const auto found = type.is_string() ? texts.find(type) : texts.end();
+        if (found == texts.end())
+            refuse("messages", "messages[%zu].content: only text is served: a part has the type %s",
+                   message, show(type).c_str());
+        const auto text = part.find(found->second);
+        if (text == part.end() || !(text->is_string() || text->is_null()))
+            refuse("messages", "messages[%zu].content: %s must be a string", message,
+                   found->second);
+        if (text->is_string()) parts.push_back({{"type", "text"}, {"text", *text}});
+    }
+    return parts;
+}
+
+std::string text_of(const json& content) {  // of what template_content returns
+    if (content.is_string()) return content;
+    std::string s;
+    for (const json& part : content) s += part["text"].get_ref<const std::string&>();
+    return s;
+}
+
 }  // namespace
 
 // Before the library parses, its depth is counted here: copying 100,000 levels would overflow the
@@ -229,18 +263,12 @@ void parse_prompts(const Served& served, const json& list, Request& r) {
 }
 
 void parse_messages(const Served& served, const json& body, Request& r) try {
-    const json messages = body.value("messages", json());
-    std::string last;  // the last message's text
-    for (const json& message : messages) {
-        const json content = message.is_object() ? message.value("content", json()) : json();
-        last = content.is_string() ? content : "";
-        for (const json& part : content.is_array() ? content : json::array()) {
-            const json type = part.is_object() ? part.value("type", json()) : json();
-            if (type != "text")
-                refuse("messages", "only text is served: a part of a content has the type %s",
-                       show(type).c_str());
-            if (part.contains("text") && part["text"].is_string()) last += part["text"];
-        }
+    json messages = body.value("messages", json());
+    for (size_t i = 0; messages.is_array() && i < messages.size(); i++) {
+        json& message = messages[i];
+        if (!message.is_object()) continue;  // the template refuses it
+        if (message.value("role", json()) == "developer") message["role"] = "system";
+        message["content"] = template_content(message.value("content", json()), i);
     }
     using Ending = Tokenizer::Ending;
     auto ids =
@@ -252,7 +280,7 @@ void parse_messages(const Served& served, const json& body, Request& r) try {
     if (most > 0 && int64_t(ids.size()) > most) ids.erase(ids.begin(), ids.end() - most);
     // The answer goes on with the last message, if both are of one role.
     const bool goes_on = !r.add_generation_prompt || messages.back()["role"] == "assistant";
-    if (r.echo) r.echoed.push_back(goes_on ? last : "");
+    if (r.echo) r.echoed.push_back(goes_on ? text_of(messages.back()["content"]) : "");
     r.prompts.push_back(std::move(ids));
 } catch (const std::invalid_argument& e) {
     refuse("messages", "%s", e.what());

@@ -162,6 +162,52 @@ TEST_CASE("what the model sees of a chat, token for token", "[http]") {
     }
 }
 
+TEST_CASE("F2 and D1: content that is null or absent, and parts of every kind of text", "[http]") {
+    const auto talk_of = [](const json& content) {
+        return json{{"messages", json::array({{{"role", "user"}, {"content", content}}})}};
+    };
+    const Ids hi = tokens_of(base(chat, "Hi")), nothing = tokens_of(base(chat, ""));
+    for (const json& part : json::parse(R"([
+        "Hi", {"type": "text", "text": "Hi"}, {"type": "input_text", "text": "Hi"},
+        {"type": "output_text", "text": "Hi"}, {"type": "refusal", "refusal": "Hi"},
+        {"type": "thinking", "thinking": "Hi"}])")) {
+        INFO(part);
+        CHECK(tokens_of(talk_of(json::array({part}))) == hi);
+        const json nulls = json::parse(R"([{"type": "text", "text": null},
+            {"type": "refusal", "refusal": null}, {"type": "thinking", "thinking": null}])");
+        CHECK(tokens_of(talk_of(json{nulls[0], part, nulls[1], nulls[2]})) == hi);
+    }
+    for (const char* empty : {R"({"content": null})", "{}", R"({"content": []})",
+                              R"({"content": [{"type": "text", "text": null}]})"}) {
+        json message = json::parse(empty);
+        message["role"] = "user";
+        INFO(empty);
+        CHECK(tokens_of({{"messages", json::array({message})}}) == nothing);
+        json talk = json::parse(R"([{"role": "user", "content": "Hi"}, {"role": "assistant"},
+                                    {"role": "user", "content": "Hi"}])");
+        talk[1].update(json::parse(empty));
+        for (const bool streamed : {false, true}) {
+            const json body{{"messages", talk}, {"max_tokens", 2}, {"stream", streamed}};
+            CHECK(post(chat, body).status == 200);
+        }
+        // Gemma's template takes the first character or part of a system message.
+        message["role"] = "system";
+        check_refusal(post(chat, {{"messages", {message, talk[0]}}}), 400,
+                      {"messages[0]: content must be a string"});
+    }
+    for (const char* bad :
+         {R"({"type": "text"})", R"({"type": "text", "text": 5})", R"({"type": "thinking"})",
+          R"({"type": "refusal", "text": "x"})", R"({"text": "x"})", "5", "null", "[]"})
+        check_refusal(post(chat, talk_of(json::array({json::parse(bad)}))), 400,
+                      {"messages[0].content: "});
+    const json last{{"messages", json::parse(R"([{"role": "user", "content":
+        ["What ", {"type": "input_text", "text": "is"}, {"type": "text", "text": null}]}])")},
+                    {"add_generation_prompt", false},
+                    {"max_tokens", 1},
+                    {"echo", true}};
+    CHECK(first_text(ask(chat, last)).starts_with("What is"));
+}
+
 TEST_CASE("what the model sees of a prompt: <bos>, and a prompt cut on the left", "[http]") {
     const std::string words = "Cloud Run is a service";
     const Ids whole = tokenized(words), bare(whole.begin() + 1, whole.end());
@@ -1834,8 +1880,9 @@ TEST_CASE("bug: double BOS", "[http]") {
 }
 
 TEST_CASE("bug: roles must alternate", "[http]") {
-    for (const char* roles : {R"(["user","user"])", R"(["assistant"])", R"(["developer"])",
-                              R"(["user","assistant","tool"])", R"(["system","user","user"])"}) {
+    for (const char* roles :
+         {R"(["user","user"])", R"(["assistant"])", R"(["user","assistant","developer"])",
+          R"(["user","assistant","tool"])", R"(["system","user","user"])"}) {
         json messages = json::array();
         for (const json& role : json::parse(roles))
             messages.push_back({{"role", role}, {"content", "x"}});

@@ -490,7 +490,7 @@ std::vector<Posted> malformed_fields() {
         ["/v1/completions", "suffix", ["x"]],
         ["/v1/completions", "prompt_embeds", ["x"]],
         ["/v1/chat/completions", "messages", [null, [], {}, 5, "hello", ["hello"], [{}], [[]],
-            [null], [{"role": 5, "content": "x"}], [{"content": "x"}], [{"role": "user"}],
+            [null], [{"role": 5, "content": "x"}], [{"content": "x"}], [{"role": "system"}],
             [{"role": null, "content": "x"}], [{"role": "user", "content": 5}],
             [{"role": "user", "content": {}}], [{"role": "user", "content": [5]}],
             [{"role": "user", "content": [{}]}], [{"role": "user", "content": [{"type": "text"}]}],
