@@ -43,7 +43,7 @@ const RequestFields common_fields{
     {"allowed_token_ids", &Request::allowed_token_ids, 0, any_id},
     {"seed", &Request::seed, -0x1p63, 0x1p63},
     {"n", &Request::n, 1, 128},
-    {"stop", &Request::stop, 0, 16},
+    {"stop", &Request::stop, 0, 128},  // each token's text is searched for all of them
     {"stop_token_ids", &Request::stop_token_ids, 0, any_id},
     {"include_stop_str_in_output", &Request::include_stop},
     {"ignore_eos", &Request::ignore_eos},
@@ -73,16 +73,34 @@ const json not_offered = json::parse(R"({
     "guided_json": null, "guided_regex": null, "guided_choice": null, "guided_grammar": null,
     "structural_tag": null, "suffix": null, "prompt_embeds": null, "tools": [],
     "tool_choice": "none", "functions": [], "function_call": "none", "chat_template": null,
-    "chat_template_kwargs": {}, "documents": [], "return_token_ids": false,
-    "logprob_token_ids": [], "thinking_token_budget": null, "repetition_detection": null})");
+    "return_token_ids": false, "logprob_token_ids": [], "thinking_token_budget": null,
+    "repetition_detection": null})");
+
+// What Gemma's template does not use has no effect, as in vLLM; the rest would change the prompt.
+void check_template_kwargs(const json& body) {
+    const char* const name = "chat_template_kwargs";
+    const json kwargs = body.value(name, json());
+    if (!kwargs.is_object() && !kwargs.is_null())
+        refuse(name, "%s must be an object, got %s", name, show(kwargs).c_str());
+    for (const char* used : {"messages", "bos_token", "add_generation_prompt",
+                             "continue_final_message", "chat_template", "tokenize"}) {
+        if (kwargs.contains(used))
+            refuse(name, "%s cannot set %s, got %s", name, used, show(kwargs[used]).c_str());
+    }
+}
 
 void check_offered(const json& body) {
     for (const auto& [name, only] : not_offered.items()) {
         const auto value = body.find(name);
         if (value == body.end() || value->is_null() || *value == only) continue;
+        // Tools that the model may not call change nothing: Gemma's template does not show them.
+        const bool idle = (name == "tools" && body.value("tool_choice", json()) == "none") ||
+                          (name == "functions" && body.value("function_call", json()) == "none");
+        if (idle && value->is_array()) continue;
         refuse(name.c_str(), "%s is not supported by this server: leave it out or give %s, got %s",
                name.c_str(), quote(only).c_str(), show(*value).c_str());
     }
+    check_template_kwargs(body);
 }
 
 // [2] Prompts -------------------------------------------------------------------------------------
@@ -119,7 +137,6 @@ std::vector<int> encode_prompt(const Served& served, const std::string& prompt, 
 
 void parse_stream_options(const json& body, Request& r) {
     const json options = body.value("stream_options", json());
-    r.include_usage = options.is_object();
     if (options.is_null()) return;
     if (!r.stream && options != json::object())
         refuse("stream_options", "Stream options can only be defined when `stream=True`.");
@@ -137,7 +154,7 @@ void check_fields(const Served& served, Request& r, const json& body) {
     if (r.min_tokens > most)
         refuse("min_tokens", "min_tokens must be at most max_tokens, %ld, got %ld", long(most),
                long(r.min_tokens));
-    if (r.chat && r.top_logprobs >= 0 && !r.chat_logprobs)
+    if (r.chat && r.top_logprobs > 0 && !r.chat_logprobs)
         refuse("top_logprobs", "when using `top_logprobs`, `logprobs` must be set to true.");
     if (r.stream && r.prompt_logprobs > 0)
         refuse("prompt_logprobs", "`prompt_logprobs` are not available when `stream=True`.");
@@ -232,6 +249,8 @@ std::string own_id(const std::string& given) {
 // A string, a list of strings, a list of ids, or a list of lists of ids: as a list of prompts.
 json list_prompts(const json& body) {
     const json prompt = body.value("prompt", json());
+    if (prompt.is_null())
+        refuse("prompt", "Either prompt or prompt_embeds must be provided and non-empty.");
     const bool ids = prompt.is_array() && !prompt.empty() && prompt[0].is_number();
     const json list = ids || prompt.is_string() ? json::array({prompt}) : prompt;
     const auto good = [&](const json& p) {

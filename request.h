@@ -43,7 +43,7 @@ struct Request {
     double presence_penalty = 0, frequency_penalty = 0, repetition_penalty = 1;
     int64_t top_k = 0, n = 1;
     bool chat_logprobs = false, tokens_as_ids = false, ignore_eos = false, echo = false;
-    bool stream = false, include_usage = true, continuous_usage = false;
+    bool stream = false, include_usage = false, continuous_usage = false;
     bool add_special_tokens = true, skip_special_tokens = true, include_stop = false;
     bool add_generation_prompt = true, continue_final_message = false;
     std::vector<std::string> stop;

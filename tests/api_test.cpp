@@ -151,7 +151,13 @@ TEST_CASE("what the model sees of a chat, token for token", "[http]") {
             "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nThe KV"],
         [{"messages": [{"role": "user", "content": "What is"}],
           "add_generation_prompt": false, "continue_final_message": true},
-            "<start_of_turn>user\nWhat is"]
+            "<start_of_turn>user\nWhat is"],
+        [{"messages": [{"role": "developer", "content": "Be brief."},
+                       {"role": "user", "content": "Hi"}]},
+            "<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n"],
+        [{"messages": [{"role": "user", "content": "Hi"}],
+          "chat_template_kwargs": {"enable_thinking": false}, "documents": [{"text": "x"}]},
+            "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"]
     ])");
     for (const json& row : table) {
         INFO(row);
@@ -817,6 +823,29 @@ TEST_CASE("D12: a seed is read as an integer, and its limits are written as inte
     CHECK(first(INT64_MAX) != first(INT64_MAX - 1));
 }
 
+TEST_CASE("D12: up to 128 stop strings", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const json plain = ask(path, {{"temperature", 0}, {"max_tokens", 3}});
+        CHECK(comparable(ask(path, {{"temperature", 0},
+                                    {"max_tokens", 3},
+                                    {"stop", Strings(128, "no such text")}})) == comparable(plain));
+        check_refusal(post(path, with(base(path), {{"stop", Strings(129, "x")}})), 400,
+                      {"stop must be a string or a list of at most 128"});
+    }
+}
+
+TEST_CASE("F3: top_logprobs 0 needs no logprobs", "[http]") {
+    for (const json& off :
+         {json::object(), json{{"logprobs", false}}, json{{"logprobs", nullptr}}}) {
+        const json zero = with(off, {{"top_logprobs", 0}, {"max_tokens", 2}});
+        CHECK(both(chat, zero)["choices"][0]["logprobs"].is_null());
+        check_refusal(post(chat, with(with(base(chat), off), {{"top_logprobs", 1}})), 400,
+                      {"when using `top_logprobs`, `logprobs` must be set to true."});
+    }
+    const json some = ask(chat, {{"logprobs", true}, {"top_logprobs", 0}, {"max_tokens", 2}});
+    CHECK(some["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == json::array());
+}
+
 TEST_CASE("F7: nothing may follow a body, also behind a NUL", "[http]") {
     for (const char* path :
          {"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"}) {
@@ -965,8 +994,8 @@ TEST_CASE("continuous_usage_stats: usage on every chunk", "[http]") {
                 CHECK(e.value("usage", json()).is_null());
             }
         }
-        for (const char* last_only : {"{}", R"({"continuous_usage_stats":null})"})
-            CHECK(run(last_only).back()["usage"] == usage);
+        CHECK(run(R"({"include_usage":true,"continuous_usage_stats":null})").back()["usage"] ==
+              usage);
     }
 }
 
@@ -1895,8 +1924,15 @@ TEST_CASE("bug: roles must alternate", "[http]") {
 TEST_CASE("bug: tool calls on Gemma 3", "[http]") {
     const json tool = json::parse(R"({"type": "function", "function": {"name": "f",
                                       "parameters": {"type": "object"}}})");
+    // F8: tools that may not be called change nothing.
+    const json idle{{"tools", json::array({tool})}, {"tool_choice", "none"}};
+    const json old{{"functions", json::array({tool["function"]})}, {"function_call", "none"}};
+    const json greedy{{"temperature", 0}, {"max_tokens", 4}};
+    for (const json& unused : {idle, old})
+        CHECK(first_text(both(chat, with(greedy, unused))) == first_text(ask(chat, greedy)));
     for (const json& asked :
-         {json{{"tools", json::array({tool})}}, json{{"tool_choice", "required"}},
+         {json{{"tools", 5}, {"tool_choice", "none"}}, with(old, {{"function_call", nullptr}}),
+          json{{"tools", json::array({tool})}}, json{{"tool_choice", "required"}},
           json{{"tools", json::array({tool})}, {"tool_choice", "auto"}},
           json{{"tool_choice", {{"type", "function"}, {"function", {{"name", "f"}}}}}},
           json{{"functions", json::array({tool["function"]})}}}) {
@@ -1936,6 +1972,14 @@ TEST_CASE("bug: silent ignore of asked features", "[http]") {
         CHECK(first_text(ask(path, with(same, {{"no_such_field", {1, 2}}}))) ==
               first_text(ask(path, same)));
     }
+    for (const char* used : {"messages", "bos_token", "add_generation_prompt", "chat_template",
+                             "continue_final_message", "tokenize"}) {
+        for (const std::string& path : {chat, std::string("/tokenize")})
+            check_refusal(post(path, with(base(chat), {{"chat_template_kwargs", {{used, true}}}})),
+                          400, {"chat_template_kwargs cannot set", used});
+    }
+    check_refusal(post(chat, with(base(chat), {{"chat_template_kwargs", 5}})), 400,
+                  {"chat_template_kwargs must be an object"});
     const json image = json::parse(R"([{"role": "user", "content": [{"type": "image_url",
         "image_url": {"url": "data:image/png;base64,AAAA"}}]}])");
     check_refusal(post(chat, {{"messages", image}}), 400, {"image_url"});

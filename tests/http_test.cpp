@@ -141,7 +141,7 @@ TEST_CASE("stream_options decide which chunks have usage", "[http]") {
     };
     for (const std::string& path : {completions, chat}) {
         const json whole = ask(path, {{"max_tokens", 3}, {"seed", 1}})["usage"];
-        for (const char* on : {"{}", R"({"include_usage":true})",
+        for (const char* on : {R"({"include_usage":true})",
                                R"({"include_usage":true,"continuous_usage_stats":false})"}) {
             const Stream s = read_events(post(path, request(path, on)));
             CHECK(s.done);
@@ -149,7 +149,10 @@ TEST_CASE("stream_options decide which chunks have usage", "[http]") {
             CHECK(s.events.back()["usage"] == whole);
             CHECK(s.events[0].value("usage", json()).is_null());
         }
-        for (const char* off : {"null", R"({"include_usage":false})"}) {
+        // F4 and D4: usage is sent only where it was asked for.
+        for (const char* off :
+             {"null", "{}", R"({"include_usage":null})", R"({"include_usage":false})",
+              R"({"continuous_usage_stats":true})"}) {
             for (const json& e : read_events(post(path, request(path, off))).events) {
                 CHECK(e["choices"].size() == 1);
                 CHECK(e.value("usage", json()).is_null());
@@ -451,7 +454,7 @@ TEST_CASE("fields of a wrong type or out of range are named", "[http]") {
         ["completions", "seed", "an integer", [0.5, 1e30, "x", 9223372036854775808,
             "9223372036854775808", 18446744073709551615, -9223372036854780000]],
         ["completions", "n", "an integer of at least 1 and at most 128", [0, 129, "x"]],
-        ["completions", "stop", "a string or a list of at most 16, none of them empty",
+        ["completions", "stop", "a string or a list of at most 128, none of them empty",
             [5, "", ["a", ""], ["a", 1], [1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17]]],
         ["completions", "stream", "true or false", ["perhaps", 2]],
         ["completions", "ignore_eos", "true or false", [2, [true]]],
@@ -460,7 +463,9 @@ TEST_CASE("fields of a wrong type or out of range are named", "[http]") {
         ["chat", "top_logprobs", "at least 0 and at most 20", [21, -1]],
         ["chat", "top_logprobs", "`logprobs` must be set to true", [2]],
         ["completions", "model", "a string", [5, ["gemma-demo"]]],
-        ["completions", "prompt", "prompt must be", [null, 5, {}, []]],
+        ["completions", "prompt", "prompt must be", [5, {}, []]],
+        ["completions", "prompt", "Either prompt or prompt_embeds must be provided and non-empty.",
+            [null]],
         ["completions", "prompt", "prompt must be", [[[]], ["a", 5], [[5], []], [true]]],
         ["completions", "prompt", "out of vocabulary", [[5, "a"], [5, -1], [5, 1.5], [[999999]]]],
         ["chat", "messages", "messages", [null, [], "hello", ["hello"], [{}], [[]]]],
@@ -497,8 +502,8 @@ TEST_CASE("fields that are not offered are refused, unless they change nothing",
         ["guided_regex", "a", null], ["guided_choice", ["a"], null],
         ["guided_grammar", "a", null], ["structural_tag", "x", null], ["tools", [{}], []],
         ["tool_choice", "auto", "none"], ["functions", [{}], []], ["function_call", "f", "none"],
-        ["prompt_embeds", "x", null], ["chat_template", "x", null], ["documents", [{}], []],
-        ["chat_template_kwargs", {"x": 1}, {}], ["return_token_ids", true, false],
+        ["prompt_embeds", "x", null], ["chat_template", "x", null],
+        ["return_token_ids", true, false],
         ["logprob_token_ids", [5], []], ["thinking_token_budget", 5, null],
         ["repetition_detection", {}, null]
     ])");
