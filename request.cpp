@@ -54,6 +54,7 @@ const RequestFields common_fields{
     {"stream", &Request::stream},
     {"return_tokens_as_token_ids", &Request::tokens_as_ids},
 };
+const RequestFields tokenize_fields{{"return_token_strs", &Request::token_strs}};
 const RequestFields completion_fields{{"logprobs", &Request::logprobs, 0, 20}};
 const RequestFields chat_fields{
     {"max_completion_tokens", &Request::max_tokens, 1, 1e9},
@@ -274,9 +275,12 @@ void parse_prompts(const Served& served, const json& list, Request& r) {
         if (cut) ids.erase(ids.begin(), ids.end() - ptrdiff_t(most));
         if (cut && bos) ids[0] = Tokenizer::bos;  // Hugging Face cuts before it adds <bos>
         if (ids.empty()) refuse("prompt", "prompt has no token");
-        if (r.echo)
-            r.echoed.push_back(one.is_string() && !cut ? one.get<std::string>()
-                                                       : served.tokenizer->decode(ids));
+        if (r.echo && one.is_string() && !cut) {
+            r.echoed.push_back(one);
+        } else if (r.echo) {  // ids show as they were given; <bos> only if the client gave it
+            const std::vector<int> given(ids.begin() + bos, ids.end());
+            r.echoed.push_back(served.tokenizer->decode(given, true));
+        }
         r.prompts.push_back(std::move(ids));
     }
 }
@@ -372,7 +376,7 @@ Request parse_tokenize(const Served& served, const json& body) {
     Request r;
     r.chat = body.contains("messages");
     r.add_special_tokens = !r.chat;
-    assign_all(r, prompt_fields, body);
+    for (const auto* fields : {&prompt_fields, &tokenize_fields}) assign_all(r, *fields, body);
     check_model(served, r.model);
     check_offered(body);
     if (!r.chat) r.add_generation_prompt = false;

@@ -45,7 +45,7 @@ struct Request {
     bool chat_logprobs = false, tokens_as_ids = false, ignore_eos = false, echo = false;
     bool stream = false, include_usage = false, continuous_usage = false;
     bool add_special_tokens = true, skip_special_tokens = true, include_stop = false;
-    bool add_generation_prompt = true, continue_final_message = false;
+    bool add_generation_prompt = true, continue_final_message = false, token_strs = false;
     std::vector<std::string> stop;
     std::vector<int> stop_token_ids, allowed_token_ids;
     std::map<int, double> logit_bias;

@@ -87,15 +87,12 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
 }
 
 HttpReply tokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
-    const Served& served = visit->service.served;
-    const std::vector<int> ids = parse_tokenize(served, body).prompts[0];
-    return json_reply(
-        {{"count", ids.size()}, {"max_model_len", served.max_model_len}, {"tokens", ids}});
+    return json_reply(tokenize_json(visit->service.served, body));
 }
 
 HttpReply detokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
     const Served& served = visit->service.served;
-    return json_reply({{"prompt", served.tokenizer->decode(parse_detokenize(served, body))}});
+    return json_reply({{"prompt", served.tokenizer->decode(parse_detokenize(served, body), true)}});
 }
 
 ordered card(Service& service, const std::string& name) {

@@ -217,8 +217,8 @@ string_view Tokenizer::name(int id) const {
     return id >= 0 && id < size() ? string_view(pieces->processor.IdToPiece(id)) : string_view();
 }
 
-std::string Tokenizer::decode(const std::vector<int>& ids) const {
-    Detokenizer stream(*this);
+std::string Tokenizer::decode(const std::vector<int>& ids, bool controls) const {
+    Detokenizer stream(*this, controls);
     std::string out;
     for (int id : ids) out += stream.push(id);
     return out += stream.flush();

@@ -36,8 +36,8 @@ class Tokenizer {
     // The text of a piece, or the byte of a byte piece; "" for control ids and ids without a piece.
     std::string_view bytes(int id) const;
     std::string_view name(int id) const;  // as the vocabulary spells it: "<end_of_turn>"
-    // Decodes a finished text. Bytes that are not UTF-8 become U+FFFD; control ids are left out.
-    std::string decode(const std::vector<int>& ids) const;
+    // Decodes a finished text. Bytes that are not UTF-8 become U+FFFD. controls: as Detokenizer's.
+    std::string decode(const std::vector<int>& ids, bool controls = false) const;
 
   private:
     struct Pieces;

@@ -191,6 +191,20 @@ class Writer {
     const long created = std::time(nullptr);
 };
 
+// The answer of /tokenize.
+inline ordered tokenize_json(const Served& served, const json& body) {
+    const Request r = parse_tokenize(served, body);
+    const std::vector<int>& ids = r.prompts[0];
+    ordered names;  // null unless asked for
+    if (r.token_strs) names = ordered::array();
+    for (size_t i = 0; r.token_strs && i < ids.size(); i++)
+        names.push_back(std::string(served.tokenizer->name(ids[i])));
+    return {{"count", ids.size()},
+            {"max_model_len", served.max_model_len},
+            {"tokens", ids},
+            {"token_strs", names}};
+}
+
 // An entry of /v1/models. root: what the server was started with.
 inline ordered model_card(const std::string& name, const std::string& root, int max_model_len,
                           const std::string& hex) {

@@ -332,7 +332,9 @@ TEST_CASE("echo: the prompt's text before the output, in every form of a prompt"
             for (size_t i = 0; i < answer["choices"].size(); i++) {
                 const json& choice = answer["choices"][i];
                 const std::string& own = (i / n == 1) != two_first ? two : one;
-                CHECK(text_of(choice) == own + text_of(silent["choices"][i]));
+                const bool as_ids = prompt.is_array() && !prompt[0].is_string();
+                CHECK(text_of(choice) ==
+                      (as_ids ? "<bos>" : "") + own + text_of(silent["choices"][i]));
                 if (!more.contains("logprobs")) continue;
                 const size_t k = more["logprobs"], size = tokenized(own).size();
                 check_lists(choice["logprobs"], size + 4, k, true);
@@ -351,7 +353,10 @@ TEST_CASE("echo: no prompt, a cut prompt, and a prompt with end tokens in it", "
         {"Cloud Run is", {{"truncate_prompt_tokens", 2}}, " is"},
         {"Cloud Run is", {{"truncate_prompt_tokens", 1}}, ""},
         {"Cloud Run is", {{"add_special_tokens", false}}, "Cloud Run is"},
-        {{2, 700, 106, 1, 701}, json::object(), decoded({700, 701})},
+        {{2, 700, 106, 1, 701},
+         json::object(),
+         "<bos>" + decoded({700}) + "<end_of_turn><eos>" + decoded({701})},
+        {"a<end_of_turn>b", {{"truncate_prompt_tokens", 3}}, "<end_of_turn>b"},
         {{700, 701}, {{"stop_token_ids", {701}}}, decoded({700, 701})}};
     for (const auto& [prompt, more, head] : table) {
         for (const int most : {0, 3}) {
@@ -363,6 +368,21 @@ TEST_CASE("echo: no prompt, a cut prompt, and a prompt with end tokens in it", "
             CHECK(first_text(echoed) == head + (most > 0 ? first_text(complete(silent)) : ""));
             CHECK(echoed["usage"]["completion_tokens"] == most);
         }
+    }
+}
+
+TEST_CASE("F3: echo of ids: text_offset counts the characters of the text", "[http]") {
+    for (const Ids& ids : {Ids{0, 0, 0, 0, 0}, Ids{2, 700, 105, 701, 106, 1}}) {
+        const json choice = both(completions, {{"prompt", ids},
+                                               {"echo", true},
+                                               {"logprobs", 1},
+                                               {"logit_bias", {{"702", 100}}},
+                                               {"max_tokens", 2}})["choices"][0];
+        std::string joined;
+        for (const std::string& token : choice["logprobs"]["tokens"].get<Strings>())
+            joined += token;
+        CHECK(text_of(choice) == joined);
+        check_lists(choice["logprobs"], ids.size() + 2, 1, true);
     }
 }
 
@@ -1098,6 +1118,26 @@ TEST_CASE("which methods a path has", "[http]") {
     CHECK(get("/health?x=1").status == 200);
 }
 
+TEST_CASE("F6: /tokenize names its tokens if asked", "[http]") {
+    const json fields{{"prompt", "Cloud <end_of_turn>"}};
+    CHECK(post("/tokenize", fields).parsed()["token_strs"].is_null());
+    const json answer = post("/tokenize", with(fields, {{"return_token_strs", true}})).parsed();
+    CHECK(keys(answer) == Strings{"count", "max_model_len", "tokens", "token_strs"});
+    const Strings names = answer["token_strs"];
+    REQUIRE(names.size() == answer["tokens"].size());
+    CHECK((names.front() == "<bos>" && names.back() == "<end_of_turn>"));
+    std::string joined;  // a space is written as the vocabulary has it
+    for (const std::string& name : names) joined += name;
+    CHECK(joined == "<bos>Cloud\u2581<end_of_turn>");
+    const json none =
+        post("/tokenize",
+             {{"prompt", ""}, {"add_special_tokens", false}, {"return_token_strs", true}})
+            .parsed();
+    CHECK(none["token_strs"] == json::array());
+    check_refusal(post("/tokenize", with(fields, {{"return_token_strs", 5}})), 400,
+                  {"return_token_strs must be true or false"});
+}
+
 TEST_CASE("ping, load and one model", "[http]") {
     CHECK(get("/ping").body == "");
     const Reply pinged = send(server().port, "POST", "/ping", "", {});
@@ -1741,7 +1781,7 @@ TEST_CASE("bug: echo + max_tokens 0 crash", "[http]") {
             const json answer = both(completions, fields);
             CHECK(answer["usage"]["completion_tokens"] == 0);
             for (const json& c : answer["choices"]) {
-                CHECK(text_of(c) == "The KV cache");
+                CHECK(text_of(c) == (prompt == json(ids) ? "<bos>The KV cache" : "The KV cache"));
                 CHECK((c["finish_reason"] == "length" && c["stop_reason"].is_null()));
                 if (more.contains("logprobs")) check_lists(c["logprobs"], ids.size(), 1, true);
             }

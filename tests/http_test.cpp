@@ -638,7 +638,8 @@ TEST_CASE("models, health and version", "[http]") {
 TEST_CASE("tokenize and detokenize", "[http]") {
     const auto ids = [](const json& body) -> json {
         const json answer = post("/tokenize", body).parsed();
-        CHECK(keys(answer) == Strings{"count", "max_model_len", "tokens"});
+        CHECK(keys(answer) == Strings{"count", "max_model_len", "tokens", "token_strs"});
+        CHECK(answer["token_strs"].is_null());
         CHECK(answer["count"] == answer["tokens"].size());
         CHECK(answer["max_model_len"] == 32768);
         return answer["tokens"];
@@ -646,7 +647,10 @@ TEST_CASE("tokenize and detokenize", "[http]") {
     for (const char* s : {"Cloud Run is a ", "", "  two  spaces\n\n\ttabs", "Xin chào 🌍 日本"}) {
         const json bare = ids({{"prompt", s}, {"add_special_tokens", false}});
         json whole = ids({{"prompt", s}});
-        CHECK(post("/detokenize", {{"tokens", whole}}).parsed()["prompt"] == s);
+        CHECK(post("/detokenize", {{"tokens", bare}}).parsed()["prompt"] == s);
+        // As in vLLM, control tokens are shown.
+        CHECK(post("/detokenize", {{"tokens", whole}}).parsed()["prompt"] ==
+              std::string("<bos>") + s);
         CHECK(whole[0] == 2);
         whole.erase(0);
         CHECK(whole == bare);

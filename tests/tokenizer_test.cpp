@@ -292,6 +292,7 @@ TEST_CASE("a raw prompt's literals become ids, the text between them stays text"
         CHECK(t.name(-1).empty());
         CHECK(t.name(t.size()).empty());
         CHECK(t.decode({2, 105, 106, 0, 3}) == "");
+        CHECK(t.decode({2, 105, 106, 0, 3}, true) == "<bos><start_of_turn><end_of_turn><pad><unk>");
         for (int id : {-1, t.size(), t.size() + 1, 1 << 30}) CHECK(t.bytes(id).empty());
     }
 }
