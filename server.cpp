@@ -408,7 +408,7 @@ class Answer {
             if (i % size_t(request.n) == 0) cached += choices[i].cached;
         }
         return Writer::usage_json(prompt_tokens, made,
-                                  service.options.prompt_tokens_details ? cached : 0);
+                                  service.options.prompt_tokens_details ? cached : -1);
     }
 };
 

@@ -139,23 +139,27 @@ class Writer {
         s += R"(,"logprobs":)" + logprobs + R"(,"finish_reason":)" + c.finish_reason;
         if (!request.chat || !request.stream || c.finished)
             s += R"(,"stop_reason":)" + c.stop_reason;
-        return s + (request.chat || request.stream ? "}" : prompt_logprobs_json(c) + "}");
+        // return_token_ids is not offered, so the lists of ids are null.
+        if (request.chat) return s + R"(,"token_ids":null})";
+        if (request.stream) return s + R"(,"prompt_token_ids":null,"token_ids":null})";
+        return s + R"(,"token_ids":null)" + prompt_logprobs_json(c) + "}";
     }
 
     static std::string prompt_logprobs_json(const Choice& c) {
         const std::string& list = c.prompt_logprobs;
-        return R"(,"prompt_logprobs":)" + (list.empty() ? "null" : "[" + list + "]");
+        return R"(,"prompt_logprobs":)" + (list.empty() ? "null" : "[" + list + "]") +
+               R"(,"prompt_token_ids":null)";
     }
 
-    static std::string usage_json(int prompt, int completion, int cached) {
+    static std::string usage_json(int prompt, int completion, int cached) {  // -1: not told
         return text(R"({"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,)"
                     R"("prompt_tokens_details":%s})",
                     prompt, prompt + completion, completion,
-                    cached > 0 ? text(R"({"cached_tokens":%d})", cached).c_str() : "null");
+                    cached >= 0 ? text(R"({"cached_tokens":%d})", cached).c_str() : "null");
     }
 
     std::string usage_so_far(const Choice& c) const {
-        return request.continuous_usage ? usage_json(c.prompt_size, c.tokens, 0) : "null";
+        return request.continuous_usage ? usage_json(c.prompt_size, c.tokens, -1) : "null";
     }
 
     std::string envelope(const char* object, const std::string& list) const {
@@ -165,11 +169,12 @@ class Writer {
     }
 
     // One event of a stream. use: as JSON.
-    void event(std::string& out, const std::string& choice, const std::string& use) const {
+    void event(std::string& out, const std::string& choice, const std::string& use,
+               const char* end = "}") const {
         out +=
             "data: " + envelope(request.chat ? "chat.completion.chunk" : "text_completion", choice);
         if (!request.chat || use != "null") out += R"(,"usage":)" + use;
-        out += "}\n\n";
+        out += std::string(end) + "\n\n";
     }
 
     // The whole answer; choices as take_choice_json wrote them, joined.
@@ -182,7 +187,7 @@ class Writer {
     void role_event(std::string& out, const Choice& c, size_t index) const {
         const char* const form = R"({"index":%zu,"delta":{"role":"assistant","content":""},)"
                                  R"("logprobs":null,"finish_reason":null})";
-        event(out, text(form, index), usage_so_far(c));
+        event(out, text(form, index), usage_so_far(c), R"(,"prompt_token_ids":null})");
     }
 
     const Request& request;

@@ -278,7 +278,8 @@ class Codelab(unittest.TestCase):
             answer = json.loads(block.text)
             self.assertEqual(list(answer), ["id", "object", "created", "model", "choices", "usage"])
             self.assertEqual(list(answer["choices"][0]), [
-                "index", "text", "logprobs", "finish_reason", "stop_reason", "prompt_logprobs"])
+                "index", "text", "logprobs", "finish_reason", "stop_reason", "token_ids",
+                "prompt_logprobs", "prompt_token_ids"])
             usage = answer["usage"]
             self.assertEqual(usage["total_tokens"],
                              usage["prompt_tokens"] + usage["completion_tokens"])

@@ -42,8 +42,9 @@ TEST_CASE("the codelab's request has the codelab's answer, key for key", "[http]
     CHECK(skeleton(body) ==
           R"({"id":"cmpl","object":"text_completion","created":0,"model":"google/gemma-3-1b-it",)"
           R"("choices":[{"index":0,"text":"*","logprobs":null,"finish_reason":"*",)"
-          R"("stop_reason":"*","prompt_logprobs":null}],"usage":{"prompt_tokens":6,)"
-          R"("total_tokens":0,"completion_tokens":0,"prompt_tokens_details":null}})");
+          R"("stop_reason":"*","token_ids":null,"prompt_logprobs":null,)"
+          R"("prompt_token_ids":null}],"usage":{"prompt_tokens":6,"total_tokens":0,)"
+          R"("completion_tokens":0,"prompt_tokens_details":null}})");
 }
 
 TEST_CASE("a chat answer has vLLM's keys", "[http]") {
@@ -55,8 +56,9 @@ TEST_CASE("a chat answer has vLLM's keys", "[http]") {
           text(R"({"id":"chatcmpl","object":"chat.completion","created":0,"model":"gemma-demo",)"
                R"("choices":[{"index":0,"message":{"role":"assistant","reasoning_content":null,)"
                R"("content":"*","tool_calls":[]},"logprobs":null,"finish_reason":"length",)"
-               R"("stop_reason":null}],"usage":{"prompt_tokens":%d,"total_tokens":%d,)"
-               R"("completion_tokens":5,"prompt_tokens_details":null},"prompt_logprobs":null})",
+               R"("stop_reason":null,"token_ids":null}],"usage":{"prompt_tokens":%d,)"
+               R"("total_tokens":%d,"completion_tokens":5,"prompt_tokens_details":null},)"
+               R"("prompt_logprobs":null,"prompt_token_ids":null})",
                p, p + 5));
 }
 
@@ -100,7 +102,8 @@ TEST_CASE("the chunks of a completion, key for key", "[http]") {
         CHECK(skeleton(s.events[i]) ==
               text(R"({"id":"cmpl","object":"text_completion","created":0,"model":"gemma-demo",)"
                    R"("choices":[{"index":0,"text":"*","logprobs":null,"finish_reason":%s,)"
-                   R"("stop_reason":null}],"usage":null})",
+                   R"("stop_reason":null,"prompt_token_ids":null,"token_ids":null}],)"
+                   R"("usage":null})",
                    i == 3 ? R"("length")" : "null"));
     }
 }
@@ -113,9 +116,10 @@ TEST_CASE("the chunks of a chat, key for key", "[http]") {
         CHECK(skeleton(s.events[i]) ==
               text(R"({"id":"chatcmpl","object":"chat.completion.chunk","created":0,)"
                    R"("model":"gemma-demo","choices":[{"index":0,"delta":{%s"content":"*"},)"
-                   R"("logprobs":null,"finish_reason":%s}]})",
+                   R"("logprobs":null,"finish_reason":%s%s})",
                    i == 0 ? R"("role":"assistant",)" : "",
-                   i == 3 ? R"("length","stop_reason":null)" : "null"));
+                   i == 3 ? R"("length","stop_reason":null)" : "null",
+                   i == 0 ? R"(}],"prompt_token_ids":null)" : R"(,"token_ids":null}])"));
     }
     CHECK(s.events[0]["choices"][0]["delta"]["content"] == "");
 }
