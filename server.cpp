@@ -320,13 +320,15 @@ class Answer {
         send(out, d.choice, finish);
     }
 
-    // Moves to c.text what can be sent of the text held. The earliest stop string cuts the text and
-    // ends the choice; what could be the start of one stays held. Returns how the choice ends now.
+    // Moves to c.text what can be sent of the text held. The earliest stop string that ends behind
+    // the first min_tokens tokens cuts the text and ends the choice; what could be the start of one
+    // stays held. Returns how the choice ends now.
     Finish release_text(Choice& c, Finish finish) const {
         if (finish != Finish::none) c.held += c.detokenizer.flush();
+        if (c.tokens <= request.min_tokens) c.early = c.held.size();
         size_t first = std::string::npos, cut = 0, keep = 0;
         for (const std::string& stop : request.stop) {
-            const size_t at = c.held.find(stop);
+            const size_t at = c.held.find(stop, c.early - std::min(c.early, stop.size() - 1));
             if (at < first) {
                 first = at;
                 cut = at + (request.include_stop ? stop.size() : 0);
@@ -343,6 +345,7 @@ class Answer {
             cut = c.held.size() - (finish == Finish::none ? keep : 0);
         c.text += c.held.substr(0, cut);
         c.held.erase(0, cut);
+        c.early -= std::min(c.early, cut);
         return finish;
     }
 

@@ -25,6 +25,7 @@ struct Choice {
     Choice(const Tokenizer& t, bool controls) : detokenizer(t, controls) {}
     Detokenizer detokenizer;
     std::string held;  // decoded, but it may turn out to be the start of a stop string
+    size_t early = 0;  // bytes of held that are of the first min_tokens tokens
     std::string text;  // not sent yet
     std::string finish_reason = "null", stop_reason = "null";  // as JSON
     std::string logprobs[4];      // lists without brackets, in the order of take_choice_json

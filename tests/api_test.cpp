@@ -727,6 +727,39 @@ TEST_CASE("include_stop_str_in_output: the string ends the text, and nothing fol
     }
 }
 
+TEST_CASE("F1: no stop string ends within the text of the first min_tokens tokens", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        // "\n\n" would end the text after two tokens of "\n" each.
+        const auto run = [&](int least, const std::string& stop, const json& more = {}) {
+            return both(path, with({{"logit_bias", {{"107", 100}}},
+                                    {"max_tokens", 9},
+                                    {"min_tokens", least},
+                                    {"stop", stop}},
+                                   more.is_null() ? json::object() : more));
+        };
+        const auto check = [&](const json& answer, int tokens, size_t shown, const char* finish) {
+            INFO(path << write(answer));
+            CHECK(answer["usage"]["completion_tokens"] == tokens);
+            CHECK(first_text(answer) == std::string(shown, '\n'));
+            CHECK(answer["choices"][0]["finish_reason"] == finish);
+        };
+        check(run(0, "\n"), 1, 0, "stop");
+        check(run(1, "\n"), 2, 1, "stop");
+        check(run(5, "\n"), 6, 5, "stop");
+        check(run(5, "\n", {{"include_stop_str_in_output", true}}), 6, 6, "stop");
+        check(run(9, "\n"), 9, 9, "length");
+        // As in vLLM, it may begin in that text and end behind it.
+        check(run(5, "\n\n\n"), 6, 3, "stop");
+        check(run(2, "\n\n\n\n"), 4, 0, "stop");
+        check(run(9, "\n\n\n"), 9, 9, "length");
+    }
+    // Greedy, from the demo or the fake model: the text up to min_tokens holds the stop string too.
+    const json fields{{"temperature", 0}, {"max_tokens", 20}, {"ignore_eos", true}};
+    const std::string plain = first_text(complete(fields));
+    const json held = with(fields, {{"min_tokens", 20}, {"stop", plain.substr(2, 1)}});
+    CHECK(first_text(both(completions, held)) == plain);
+}
+
 TEST_CASE(
     "control tokens in a text are shown by name if asked, and the stop token by its own field",
     "[http]") {
