@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -31,10 +32,14 @@ struct TokenTimes {
 // metrics.cpp's table has their names. Each choice is observed once. Times are in seconds.
 struct Figures {
     double running = 0, waiting = 0, pages_used = 0, preemptions = 0;
+    double deferred = 0;  // stays 0: a sequence waits for a place or for pages, for nothing else
     double prompt_tokens = 0, generated_tokens = 0, cache_queries = 0, cache_hits = 0;
     double stopped = 0, reached_length = 0, aborted = 0;
     Histogram first_token, next_token, whole, queue, inference, prefill, decode;
     Histogram prompt_size, generated_size, max_generated_size, asked_size, asked_n, step_tokens;
+    Histogram preempted;
+    std::map<std::string, double> http_requests;    // by their labels
+    std::map<std::string, Histogram> http_seconds;  // the same
 
     void observe_token(const TokenTimes& t, bool is_first, bool is_last) {
         if (is_first) {
@@ -55,6 +60,8 @@ struct Figures {
         max_generated_size.observe(generated);
         asked_size.observe(asked);
     }
+    // A request that reached the route and has been answered.
+    void observe_http(const std::string& route, bool refused, double seconds);
 };
 
 class Metrics {
@@ -64,8 +71,9 @@ class Metrics {
         const std::lock_guard lock(mutex);
         update(figures);
     }
-    // Prometheus' text. Each sample has `labels`; cache_config_info also has `cache_config`.
-    std::string page(const std::string& labels, const std::string& cache_config);
+    // Prometheus' text. vLLM's samples have the model as a label; cache_config_info also has
+    // `cache_config`.
+    std::string page(const std::string& model, const std::string& cache_config);
 
   private:
     std::mutex mutex;

@@ -87,8 +87,8 @@ struct Delivery {
     // true: the logprob of a token of the prompt, in order, from its second token on; the first has
     // none.
     bool of_prompt = false;
-    int choice = 0, cached_tokens = 0;  // the sequence's
-    double started = 0, at = 0;         // when it was first in a step, and when this step was done
+    int choice = 0, cached_tokens = 0, preemptions = 0;  // the sequence's
+    double started = 0, at = 0;  // when it was first in a step, and when this step was done
 };
 
 // [2] Pages ---------------------------------------------------------------------------------------
@@ -611,7 +611,8 @@ class Scheduler {
 
     static Delivery delivery(const std::shared_ptr<Sequence>& s, const Result& result,
                              Finish finish, bool of_prompt) {
-        return {s, result, finish, of_prompt, s->choice, s->cached_tokens, s->started, 0};
+        return {s,          result, finish, of_prompt, s->choice, s->cached_tokens, s->preemptions,
+                s->started, 0};
     }
 
     const Limits limits;

@@ -32,9 +32,10 @@ namespace {
 struct Visit {
     Service& service;
     const double begun = seconds();
-    const std::string trace;  // of HttpRequest
+    const std::string route, trace;  // trace: of HttpRequest
 
-    Visit(Service& s, const std::string& of_request) : service(s), trace(of_request) {
+    Visit(Service& s, const std::string& path, const std::string& of_request)
+        : service(s), route(path), trace(of_request) {
         service.wait([&] { return service.ready || service.leaving; });
         service.locked([&] {
             if (service.leaving) throw Refusal{503, "the server is shutting down", ""};
@@ -42,6 +43,9 @@ struct Visit {
         });
     }
     ~Visit() {
+        const bool refused = std::uncaught_exceptions() > 0;  // by a handler
+        service.metrics->change(
+            [&](Figures& f) { f.observe_http(route, refused, seconds() - begun); });
         service.locked([&] { service.in_flight--; });
     }
     Visit(const Visit&) = delete;
@@ -118,8 +122,7 @@ HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& ht
 HttpReply metrics_page(Service& service) {
     if (!service.locked([&] { return service.ready; }))
         throw Refusal{503, "the model is loading", ""};
-    const std::string labels = R"(engine="0",model_name=)" + quote(service.served.names[0]);
-    return {service.metrics->page(labels, service.cache_config),
+    return {service.metrics->page(service.served.names[0], service.cache_config),
             "text/plain; version=0.0.4; charset=utf-8",
             {}};
 }
@@ -140,7 +143,7 @@ struct LargeTurn {
 };
 
 HttpReply body_reply(Service& service, Handler handler, const HttpRequest& http) {
-    const auto visit = std::make_shared<Visit>(service, http.trace);
+    const auto visit = std::make_shared<Visit>(service, http.path, http.trace);
     const auto answer = [&] { return handler(visit, http, parse_body(http.body)); };
     if (http.body.size() <= 64 << 10) return answer();
     const LargeTurn turn(service.large);
@@ -176,7 +179,7 @@ std::vector<Route> Service::routes() {
         return {"GET", path, [this, handler](const HttpRequest&) { return handler(*this); }};
     };
     const auto models = [this](const HttpRequest& http) {
-        return list_models(std::make_shared<Visit>(*this, http.trace), http, {});
+        return list_models(std::make_shared<Visit>(*this, "/v1/models", http.trace), http, {});
     };
     return {on_post("/v1/completions", generation_reply, generate<false>),
             on_post("/v1/chat/completions", generation_reply, generate<true>),
@@ -352,9 +355,7 @@ class Answer {
     void end(int index, Finish finish) {
         Choice& c = choices[size_t(index)];
         c.finished = true;
-        c.finish_reason = quote(finish == Finish::stop     ? "stop"
-                                : finish == Finish::length ? "length"
-                                                           : "abort");
+        c.finish_reason = Writer::reason(finish);
         // A stop string is text, and the scheduler knows ids only: cancelling makes it drop the
         // sequence when it plans the next step.
         sequences[size_t(index)]->cancelled = true;
@@ -364,6 +365,7 @@ class Answer {
             if (finish == Finish::length) m.reached_length++;
             if (finish == Finish::abort) m.aborted++;
             m.observe_sizes(c.prompt_size, c.tokens, sequences[size_t(index)]->max_tokens);
+            m.preempted.observe(c.preemptions);
         });
     }
 
@@ -377,6 +379,7 @@ class Answer {
 
     void observe(Choice& c, const Delivery& d, bool is_last) {
         const bool is_first = c.tokens <= 1;
+        c.preemptions = d.preemptions;
         if (is_first) {
             c.first = d.at;
             c.cached = d.cached_tokens;

@@ -31,7 +31,7 @@ struct Choice {
     std::string logprobs[4];      // lists without brackets, in the order of take_choice_json
     std::string prompt_logprobs;  // the same
     size_t offset = 0;            // of the next token, in characters
-    int prompt_size = 0, tokens = 0, cached = 0;
+    int prompt_size = 0, tokens = 0, cached = 0, preemptions = 0;
     double first = 0, last = 0;  // when these tokens were made
     bool finished = false;
 };
@@ -57,12 +57,19 @@ class Writer {
         list += (list.empty() ? "" : ",") + entry;
     }
 
+    // finish_reason, as JSON.
+    static std::string reason(Finish finish) {
+        return finish == Finish::stop     ? R"("stop")"
+               : finish == Finish::length ? R"("length")"
+                                          : R"("abort")";
+    }
+
     // For the log: "stop", or "stop,length" where choices differ.
     static std::string finish_reasons(const std::vector<Choice>& choices) {
         std::string all, first;
         bool same = true;
         for (const Choice& c : choices) {
-            const std::string reason = c.finished ? c.finish_reason : quote("abort");
+            const std::string reason = c.finished ? c.finish_reason : Writer::reason(Finish::abort);
             if (all.empty()) first = reason;
             same &= reason == first;
             append(all, reason.substr(1, reason.size() - 2));

@@ -482,7 +482,11 @@ TEST_CASE("scores do not depend on chunks, pages, neighbours or the prefix cache
     const std::string metrics = get("/metrics", tiny.port).body;
     const size_t at = metrics.find("\nvllm:num_preemptions_total{");
     REQUIRE(at != std::string::npos);
-    CHECK(std::atof(metrics.c_str() + metrics.find('}', at) + 1) > 0);
+    const double preemptions = std::atof(metrics.c_str() + metrics.find('}', at) + 1);
+    CHECK(preemptions > 0);
+    const size_t each = metrics.find("\nvllm:request_num_preemptions_sum{");
+    REQUIRE(each != std::string::npos);
+    CHECK(std::atof(metrics.c_str() + metrics.find('}', each) + 1) == preemptions);
 }
 
 // [3] Choices -------------------------------------------------------------------------------------
@@ -1314,7 +1318,10 @@ class Metrics {
         double value = std::nan("");
         int found = 0;
         for (const Sample& s : samples) {
-            if (s.name != "vllm:" + name || s.labels.find(label) == std::string::npos) continue;
+            const bool whole = name.starts_with("http_") || name.starts_with("process_");
+            if (s.name != (whole ? "" : "vllm:") + name ||
+                s.labels.find(label) == std::string::npos)
+                continue;
             value = s.value, found++;
         }
         need(found == 1, name + "{" + label + "}: found " + std::to_string(found));
@@ -1349,20 +1356,20 @@ class Metrics {
             need(kind == "gauge" || kind == "counter" || kind == "histogram", line);
             need(types.emplace(family, kind).second, line);
         } else {
-            const size_t open = line.find('{'), close = line.find("} ");
-            need(open != std::string::npos && close != std::string::npos && open < close, line);
-            const std::string name = line.substr(0, open),
-                              labels = line.substr(open, close - open + 1);
+            const size_t space = line.rfind(' '), open = std::min(line.find('{'), space);
+            need(space != std::string::npos, line);
+            const std::string name = line.substr(0, open), labels = line.substr(open, space - open);
+            need(labels.empty() || labels.ends_with('}'), line);
             const bool histogram = types[family] == "histogram";
             const Strings ends = histogram ? Strings{"_bucket", "_sum", "_count"} : Strings{""};
             need(std::any_of(ends.begin(), ends.end(),
                              [&](const auto& e) { return name == family + e; }),
                  line);
-            need(labels.find(R"(engine="0")") != std::string::npos, line);
-            need(labels.find(R"(model_name="gemma-demo")") != std::string::npos, line);
-            need(distinct.insert(line.substr(0, close + 1)).second, line);
+            const bool ours = name.starts_with("vllm:");
+            need(!ours || labels.starts_with(R"({engine="0",model_name="gemma-demo")"), line);
+            need(distinct.insert(line.substr(0, space)).second, line);
             char* end = nullptr;
-            const double value = std::strtod(line.c_str() + close + 2, &end);
+            const double value = std::strtod(line.c_str() + space + 1, &end);
             need(*end == 0 && std::isfinite(value) && value >= 0, line);
             samples.push_back({name, labels, value});
         }
@@ -1371,22 +1378,28 @@ class Metrics {
     void check(const std::string& name, const std::string& kind) const {
         if (kind == "counter") need(name.ends_with("_total"), name);
         if (kind != "histogram") return;
-        double before = 0, limit = -1, count = -1;
-        bool sum = false;
+        struct Series {
+            double before = 0, limit = -1, count = -1;
+            bool sum = false;
+        };
+        std::map<std::string, Series> all;  // by the labels other than le
         for (const Sample& s : samples) {
             if (s.name == name + "_bucket") {
-                const size_t le = s.labels.find("le=\"");
+                const size_t le = s.labels.find(",le=\"");
                 need(le != std::string::npos, s.labels);
+                Series& own = all[s.labels.substr(0, le) + "}"];
                 // strtod reads +Inf too.
-                const double edge = std::strtod(s.labels.c_str() + le + 4, nullptr);
-                need(edge > limit && s.value >= before, name + " is not cumulative");
-                limit = edge, before = s.value;
+                const double edge = std::strtod(s.labels.c_str() + le + 5, nullptr);
+                need(edge > own.limit && s.value >= own.before, name + " is not cumulative");
+                own.limit = edge, own.before = s.value;
             }
-            if (s.name == name + "_count") count = s.value;
-            sum |= s.name == name + "_sum";
+            if (s.name == name + "_count") all[s.labels].count = s.value;
+            if (s.name == name + "_sum") all[s.labels].sum = true;
         }
-        need(limit == std::numeric_limits<double>::infinity(), name + " has no +Inf");
-        need(sum && count == before, name + ": its count is not its +Inf");
+        for (const auto& [labels, own] : all) {
+            need(own.limit == std::numeric_limits<double>::infinity(), name + " has no +Inf");
+            need(own.sum && own.count == own.before, name + ": its count is not its +Inf");
+        }
     }
 
     std::string family;
@@ -1413,7 +1426,7 @@ TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
     const Metrics m(server().port);
     const std::map<std::string, Strings> families{
         {"gauge", words("num_requests_running num_requests_waiting gpu_cache_usage_perc "
-                        "kv_cache_usage_perc cache_config_info")},
+                        "kv_cache_usage_perc cache_config_info num_requests_waiting_by_reason")},
         {"counter",
          words("prompt_tokens_total generation_tokens_total request_success_total "
                "num_preemptions_total gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total "
@@ -1424,7 +1437,8 @@ TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
                "request_queue_time_seconds request_inference_time_seconds "
                "request_prefill_time_seconds request_decode_time_seconds request_prompt_tokens "
                "request_generation_tokens request_max_num_generation_tokens "
-               "request_params_max_tokens request_params_n iteration_tokens_total")}};
+               "request_params_max_tokens request_params_n iteration_tokens_total "
+               "request_num_preemptions")}};
     for (const auto& [kind, names] : families) {
         for (const std::string& name : names) {
             INFO(name);
@@ -1461,6 +1475,56 @@ TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
             CHECK(found);
         }
     }
+}
+
+TEST_CASE("F14: metrics of requests, and of the process", "[http]") {
+    Server s;
+    for (const int n : {1, 2, 3}) ask(n > 1 ? completions : chat, {{"max_tokens", 1}}, s.port);
+    CHECK(post(completions, {{"prompt", 5}}, s.port).status == 400);
+    CHECK(post(completions, {{"model", "x"}, {"prompt", "a"}}, s.port).status == 404);
+    CHECK(post("/tokenize", {{"prompt", "a"}}, s.port).status == 200);
+    CHECK(get("/v1/models/gemma-demo", s.port).status == 200);
+    const auto of = [](const char* handler, const char* method, const char* status = nullptr) {
+        const std::string labels = text(R"(handler="%s",method="%s")", handler, method);
+        return labels + (status ? text(R"(,status="%s")", status) : "}");
+    };
+    const auto get_models = of("/v1/models", "GET", "2xx");
+    const Metrics m = metrics_when(s.port, [&](const Metrics& now) {
+        try {
+            return now("http_requests_total", of("/v1/completions", "POST", "2xx")) == 2 &&
+                   now("http_requests_total", get_models) == 1;
+        } catch (const std::runtime_error&) {  // no sample yet
+            return false;
+        }
+    });
+    const auto count = [&](const std::string& labels) { return m("http_requests_total", labels); };
+    CHECK(count(of("/v1/chat/completions", "POST", "2xx")) == 1);
+    CHECK(count(of("/v1/completions", "POST", "2xx")) == 2);
+    CHECK(count(of("/v1/completions", "POST", "4xx")) == 2);
+    CHECK(count(of("/tokenize", "POST", "2xx")) == 1);
+    CHECK(count(get_models) == 1);
+    const std::string labels = of("/v1/completions", "POST");
+    CHECK(m("http_request_duration_seconds_count", labels) == 4);
+    CHECK(m("http_request_duration_seconds_sum", labels) > 0);
+    CHECK(m("num_requests_waiting_by_reason", R"(reason="capacity")") == 0);
+    CHECK(m("num_requests_waiting_by_reason", R"(reason="deferred")") == 0);
+    for (const char* name : {"cpu_seconds_total", "resident_memory_bytes", "virtual_memory_bytes",
+                             "start_time_seconds", "open_fds", "max_fds"}) {
+        INFO(name);
+        CHECK(m(std::string("process_") + name) > 0);
+    }
+    CHECK(m("process_open_fds") < m("process_max_fds"));
+    CHECK(m("process_resident_memory_bytes") < m("process_virtual_memory_bytes"));
+    const double now = double(std::time(nullptr)), started = m("process_start_time_seconds");
+    CHECK((started <= now && started > now - 3600));
+    CHECK(started == Metrics(s.port)("process_start_time_seconds"));
+}
+
+TEST_CASE("D7: in a label's value Prometheus reads three escapes, and no others", "[http]") {
+    Server s({"--served-model-name", "tab\tquote\"slash\\line\nend \u00e9"});
+    const std::string page = get("/metrics", s.port).body;
+    CHECK(page.find("vllm:num_requests_running{engine=\"0\",model_name=\"tab\tquote\\\"slash"
+                    "\\\\line\\nend \u00e9\"} 0\n") != std::string::npos);
 }
 
 TEST_CASE("metrics: ten requests of ten tokens", "[http]") {
@@ -1554,10 +1618,13 @@ TEST_CASE("metrics: who runs, who waits, and that nobody does any more", "[http]
         for (const char* name : {"num_requests_running", "num_requests_waiting",
                                  "gpu_cache_usage_perc", "kv_cache_usage_perc"})
             seen_then[name] = m(name);
+        seen_then["num_requests_waiting_by_reason"] =
+            m("num_requests_waiting_by_reason", R"(reason="capacity")");
         return false;
     });
     CHECK(seen_then["num_requests_running"] == 1);
     CHECK(seen_then["num_requests_waiting"] == 3);
+    CHECK(seen_then["num_requests_waiting_by_reason"] == 3);
     CHECK((seen_then["kv_cache_usage_perc"] > 0 && seen_then["kv_cache_usage_perc"] < 1));
     CHECK(seen_then["gpu_cache_usage_perc"] > 0);
     const Metrics m = metrics_when(s.port, idle);
