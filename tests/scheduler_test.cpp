@@ -698,6 +698,18 @@ TEST_CASE("scheduler: when pages run out the newest waits, and is computed again
     });
 }
 
+// b decodes with the only token of each step while a is amid its prompt. When b needs its third
+// page it gives up its own, and the step has no row left: an empty batch would look like an idle
+// end.
+TEST_CASE("scheduler: where the only row of a step gives up its pages, another row runs") {
+    Machine machine({8, 1, 999, {99, 4}});
+    machine.add('a', words(1, 40), 2);
+    for (int i = 0; i < 35; i++) machine.step();
+    machine.add('b', words(2, 1), 70);
+    machine.run();
+    CHECK(machine.scheduler.preemptions() > 0);
+}
+
 TEST_CASE("scheduler: a prompt that begins like another shares its pages") {
     const int W = 64, many = 99;
     const Ids common = words(1, 300);
