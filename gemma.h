@@ -188,11 +188,11 @@ class Model {
     virtual Results step(const Batch& batch) = 0;            // one caller at a time
 };
 
-// The checkpoint must outlive the model.
-std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint);
+// The checkpoint must outlive the model. max_batched_tokens: of a step, at most.
+std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint, int max_batched_tokens = 64);
 
 struct CudaOptions {
-    int max_batched_tokens = 8192;    // tokens of a step, at most
+    int max_batched_tokens = 8192;
     double memory_utilization = 0.9;  // share of the GPU's memory to use in all
 };
 

@@ -20,6 +20,7 @@
 
 #include <httplib.h>
 
+#include "container.h"
 #include "fields.h"
 #include "gemma.h"
 #include "server.h"
@@ -237,6 +238,13 @@ void fill_step_limits(Options& o, int64_t default_tokens) {
     o.max_num_seqs = std::min(o.max_num_seqs < 0 ? 256 : o.max_num_seqs, tokens);
 }
 
+// As many as the container grants, unless the user says otherwise: `main` has set the variable.
+int cpu_threads() {
+    const char* const threads = std::getenv("OMP_NUM_THREADS");
+    const int count = threads ? std::atoi(threads) : 0;
+    return count > 0 ? count : usable_processors();
+}
+
 // Opens the engine that --device asks for, and fills in the options that depend on it. SIGTERM must
 // be blocked before: the GPU's driver starts threads, which inherit the mask.
 std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
@@ -246,10 +254,11 @@ std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
     const std::string missing = "this build has no CUDA engine (./dev build --cuda makes one)";
 #endif
     const bool gpu = missing.empty();
-    const int threads = int(std::max(1u, std::thread::hardware_concurrency()));
     if (!gpu && o.device == "cuda") throw Error("--device cuda: " + missing);
     say_step("device: " + (gpu ? "cuda, because there is a GPU" : "cpu, because " + missing));
-    if (!gpu) say(text("%d threads, built for %s", threads, instructions));
+    if (!gpu)
+        say(text("%d threads, built for %s; %.2f GB of memory may be used", cpu_threads(),
+                 instructions, double(usable_memory()) / 1e9));
     if (!gpu && o.gpu_memory_utilization > 0)
         say("--gpu-memory-utilization: without effect on the CPU");
     if (o.gpu_memory_utilization < 0) o.gpu_memory_utilization = 0.9;
@@ -259,8 +268,8 @@ std::unique_ptr<Model> open_model(const Checkpoint& checkpoint, Options& o) {
         return open_cuda(checkpoint, {int(o.max_num_batched_tokens), o.gpu_memory_utilization});
     }
 #endif
-    fill_step_limits(o, 32 * threads);
-    return open_cpu(checkpoint);
+    fill_step_limits(o, 32 * cpu_threads());
+    return open_cpu(checkpoint, int(o.max_num_batched_tokens));
 }
 
 // The service and its engine refer to these, so they must outlive both.
@@ -383,12 +392,15 @@ int main(int argc, char** argv) try {
     if (asks("--help") || asks("-h")) return std::puts(gemma::help().c_str()) < 0;
     if (asks("--version")) return std::printf("gemma-server %s\n", gemma::build_name) < 0;
     gemma::block_signals();  // from the first moment, and through execv
-    // OpenMP's library reads GOMP_SPINCOUNT when it is loaded, so the program sets it and executes
-    // itself again. Unset, threads spin for milliseconds at each barrier, and a busy process beside
-    // them makes each token three times as slow (docs/design.md, section 10).
+    // OpenMP's library reads these variables when it is loaded, so the program sets them and
+    // executes itself again. Without GOMP_SPINCOUNT threads spin for milliseconds at each barrier,
+    // and a busy process beside them makes each token three times as slow (docs/design.md, section
+    // 10). OpenMP knows nothing of a container's processor time: the threads above it would wait
+    // for each other's next period.
     if (!std::getenv("GEMMA_STARTED")) {
         setenv("GEMMA_STARTED", gemma::text("%.3f", gemma::seconds()).c_str(), 1);
         setenv("GOMP_SPINCOUNT", "2000", 0);
+        setenv("OMP_NUM_THREADS", std::to_string(gemma::usable_processors()).c_str(), 0);
         execv(std::filesystem::read_symlink("/proc/self/exe").c_str(), argv);  // its name, for ps
     }
     const gemma::Options options = gemma::parse_flags(args);

@@ -21,10 +21,11 @@
 #include <cstring>
 #include <limits>
 
-#include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "container.h"
 
 namespace gemma {
 namespace {
@@ -413,13 +414,13 @@ struct FreeDeleter {
 
 class CpuModel : public Model {
   public:
-    explicit CpuModel(const Checkpoint& checkpoint) : c(checkpoint.config), w(checkpoint.weights) {
+    CpuModel(const Checkpoint& checkpoint, int max_batched_tokens)
+        : c(checkpoint.config), w(checkpoint.weights), most_tokens(max_batched_tokens) {
         for (int l = 0; l < c.L; l++) layer_in_pool.push_back(layers_of[pool_of(l)]++);
     }
 
     KvMemory kv_memory() const override {
-        const uint64_t ram = uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE));
-        return {std::min<uint64_t>(4ull << 30, ram / 4),
+        return {kv_budget(usable_memory(), held_memory() + step_bytes()),
                 {page_floats(local_pool) * 4, page_floats(global_pool) * 4}};
     }
 
@@ -449,14 +450,22 @@ class CpuModel : public Model {
     const int* page_table(const Batch& b, int layer, int row) const {
         return b.pages[pool_of(layer)].data() + row * b.pages_per_row;
     }
+    uint64_t step_bytes() const {  // of the largest step, as resize makes its vectors
+        const uint64_t token = 2 * c.D + 2 * c.H * c.E + 2 * c.G * c.E + 2 * c.F + 2 * c.E;
+        return sizeof(float) * (uint64_t(most_tokens) * token +
+                                uint64_t(std::min(most_tokens, most_outputs)) * (c.D + c.V));
+    }
     void resize(int N, int outputs);
     void rope_tables(const Batch& b);
     void forward(const Batch& b);
     void qk_norm_rope_write(const Batch& b, int layer);
     void attention(const Batch& b, int layer);
 
+    static constexpr int most_outputs = 256;  // rows of logits at a time
+
     const Config& c;
     const Weights& w;
+    const int most_tokens;
     int layers_of[2] = {0, 0};       // by Pool
     std::vector<int> layer_in_pool;  // [L]
     std::unique_ptr<float[], FreeDeleter> kv[2];
@@ -568,7 +577,6 @@ void CpuModel::forward(const Batch& b) {
 }
 
 Results CpuModel::step(const Batch& b) {
-    constexpr int most_outputs = 256;  // rows of logits at a time
     const int outputs = int(b.outputs.size());
     resize(int(b.tokens.size()), std::min(outputs, most_outputs));
     row_of.resize(b.tokens.size());
@@ -613,8 +621,8 @@ Results CpuModel::step(const Batch& b) {
 
 }  // namespace
 
-std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint) {
-    return std::make_unique<CpuModel>(checkpoint);
+std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint, int max_batched_tokens) {
+    return std::make_unique<CpuModel>(checkpoint, max_batched_tokens);
 }
 
 }  // namespace gemma

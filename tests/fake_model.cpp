@@ -105,7 +105,7 @@ class FakeModel : public Model {
     std::vector<uint64_t> hashes;  // [global pages, 32]
 };
 
-std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint) {
+std::unique_ptr<Model> open_cpu(const Checkpoint& checkpoint, int) {
     return std::make_unique<FakeModel>(checkpoint.config.vocab);
 }
 
