@@ -31,7 +31,7 @@ RUN set -eu; \
     apt-get update -qq; \
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
         g++ cmake ninja-build pkg-config libcpp-httplib-dev libssl-dev nlohmann-json3-dev \
-        libsentencepiece-dev ${toolkit}; \
+        libsentencepiece-dev libyaml-cpp-dev ${toolkit}; \
     apt-get clean; \
     rm -rf /var/lib/apt/lists/*
 COPY . /source

@@ -3,14 +3,12 @@
 // main.cpp: from a command line to a server that answers, and from SIGTERM to the last answer.
 // Beside the path.
 //
-//   [1] Flags
-//   [2] Memory    how many pages each pool gets
-//   [3] Start
-//   [4] Stop
+//   [1] Memory    how many pages each pool gets
+//   [2] Start
+//   [3] Stop
 #include <algorithm>
 #include <csignal>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <future>
 #include <optional>
@@ -21,155 +19,13 @@
 #include <httplib.h>
 
 #include "container.h"
-#include "fields.h"
-#include "gemma.h"
-#include "server.h"
+#include "flags.h"
 
 namespace gemma {
 
 extern const char* const build_name;  // CMakeLists.txt writes it: "0.1.0 (commit 231a576)"
 
-// [1] Flags ---------------------------------------------------------------------------------------
-
-const std::vector<Field<Options>> flags{
-    {"model", &Options::model, 0, 0,
-     "directory, or a name in the Hugging Face cache ($MODEL_NAME, or google/gemma-3-1b-it)"},
-    {"served-model-name", &Options::served_model_name, 0, 100, "what requests may call it (model)"},
-    {"host", &Options::host, 0, 0, "address to listen on (0.0.0.0)"},
-    {"port", &Options::port, 0, 65535, "port to listen on, 0: any free one ($PORT, or 8000)"},
-    {"max-model-len", &Options::max_model_len, 1, 131072,
-     "most tokens of prompt and answer, as 8192, 8k or 8K ($MAX_MODEL_LEN, or what fits)"},
-    {"max-num-seqs", &Options::max_num_seqs, 1, 4096, "most sequences in a step (256)"},
-    {"max-num-batched-tokens", &Options::max_num_batched_tokens, 1, 1 << 20,
-     "most tokens in a step (8192 on a GPU of 70 GB, 2048 on others, 32 a core on the CPU)"},
-    {"num-gpu-blocks-override", &Options::pages, 1, 1 << 26,
-     "pages of 32 tokens in each of the two pools (what memory allows)"},
-    {"seed", &Options::seed, -0x1p63, 0x1p63, "of requests that bring none (0)"},
-    {"device", &Options::device, 0, 0, "auto, cuda or cpu (auto)"},
-    {"gpu-memory-utilization", &Options::gpu_memory_utilization, above_zero, 1,
-     "share of the GPU's memory to use (0.9)"},
-    {"max-queue", &Options::max_queue, 0, 1 << 20,
-     "sequences that may wait beside max-num-seqs; then requests get 429 (1024)"},
-    {"api-key", &Options::api_key, 0, 100,
-     "keys, one of which requests under /v1 must bring ($VLLM_API_KEY, or none)"},
-    {"enable-prompt-tokens-details", &Options::prompt_tokens_details, 0, 0,
-     "usage says how many tokens of a prompt were cached"},
-    {"enable-server-load-tracking", &Options::load_tracking, 0, 0,
-     "accepted without effect: /load always counts", true},
-    {"disable-log-requests", &Options::disable_log_requests, 0, 0,
-     "no line in the log for each generation"},
-    {"check", &Options::check, 0, 0, "check the flags, and end"},
-    {"block-size", &Options::block_size, 1, 1024, "accepted without effect: a page holds 32 tokens",
-     true},
-};
-
-std::string help() {
-    std::string s = R"(gemma-server [MODEL] [--flag VALUE | --flag=VALUE]...
-
-Serves Gemma 3 over the OpenAI API. The flags are named as vLLM's, with - or _; of
-vLLM's flags there are these:
-
-)";
-    for (const auto& f : flags) s += text("  --%-30s%s\n", f.name, f.help);
-    return s + R"(
-The cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and SIGINT
-let what runs end, for 8 s. 8k is 8000 and 8K is 8192. --check loads and checks the flags
-and the model's name, and does not serve; --version prints the version.
-)";
-}
-
-const Field<Options>& find_flag(const std::string& name) {
-    std::string known;
-    for (const auto& f : flags) {
-        if (name == f.name) return f;
-        known += std::string(" --") + f.name;
-    }
-    refuse("", "--%s is not a flag; there are%s", name.c_str(), known.c_str());
-}
-
-bool is_list(const Field<Options>& f) {
-    return std::holds_alternative<std::vector<std::string> Options::*>(f.member);
-}
-bool is_switch(const Field<Options>& f) {
-    return std::holds_alternative<bool Options::*>(f.member);
-}
-
-// As in vLLM, 25.6k is 25600 and 1K is 1024. Without such a unit the value stays as it is.
-json read_length(const Field<Options>& f, const std::string& value) {
-    if (!value.ends_with('k') && !value.ends_with('K')) return value;
-    const double unit = value.ends_with('k') ? 1000 : 1024;
-    const double number = as_number(value.substr(0, value.size() - 1)) * unit;
-    return number >= f.low && number <= f.high ? json(number) : json(value);
-}
-
-void set_flag(Options& options, const std::string& name, const std::vector<std::string>& values) {
-    const auto& f = find_flag(name);
-    if (std::count(values.begin(), values.end(), "")) refuse("", "--%s: a value is empty", f.name);
-    if (f.without_effect) say("--" + name + ": " + f.help);
-    if (values.empty() && is_switch(f)) return assign(options, f, true);
-    if (values.empty()) refuse(f.name, "--%s needs a value", f.name);
-    if (is_list(f)) return assign(options, f, values);
-    assign(options, f, name == "max-model-len" ? read_length(f, values[0]) : json(values[0]));
-}
-
-void set_from_environment(Options& options) {
-    for (const auto& [variable, flag] :
-         {std::pair("PORT", "port"), std::pair("MODEL_NAME", "model"),
-          std::pair("MAX_MODEL_LEN", "max-model-len"), std::pair("VLLM_API_KEY", "api-key")}) {
-        const char* value = std::getenv(variable);
-        if (!value || !*value) continue;
-        try {
-            set_flag(options, flag, {value});
-        } catch (Refusal& r) {
-            r.message = text("$%s: ", variable) + r.message;
-            throw;
-        }
-    }
-}
-
-// Reads [MODEL] and flags in any order. A flag takes the next word. A list takes all words up to
-// the next flag, as in vLLM, so MODEL cannot stand behind a list.
-Options parse_flags(const std::vector<std::string>& args) try {
-    Options options;
-    set_from_environment(options);  // first, so that the command line's flags win
-    bool has_model = false;
-    for (size_t i = 0; i < args.size(); i++) {
-        const std::string& arg = args[i];
-        if (!arg.starts_with('-')) {
-            if (has_model)
-                refuse("", "unexpected argument %s: the model is %s", arg.c_str(),
-                       options.model.c_str());
-            set_flag(options, "model", {arg});
-            has_model = true;
-            continue;
-        }
-        if (!arg.starts_with("--"))
-            refuse("", "%s is not a flag: flags begin with --, as --port", arg.c_str());
-        const size_t equals = std::min(arg.find('='), arg.size());
-        std::string name = arg.substr(2, equals - 2);
-        std::replace(name.begin(), name.end(), '_', '-');
-        const auto& f = find_flag(name);
-        std::vector<std::string> values;
-        if (equals < arg.size()) {
-            values = {arg.substr(equals + 1)};
-        } else if (is_list(f)) {
-            while (i + 1 < args.size() && !args[i + 1].starts_with('-'))
-                values.push_back(args[++i]);
-        } else if (!is_switch(f) && i + 1 < args.size() && !args[i + 1].starts_with("--")) {
-            values = {args[++i]};
-        }
-        set_flag(options, name, values);
-        has_model |= name == "model";
-    }
-    if (options.served_model_name.empty()) options.served_model_name = {options.model};
-    if (options.device != "auto" && options.device != "cuda" && options.device != "cpu")
-        refuse("", "--device must be auto, cuda or cpu, got %s", options.device.c_str());
-    return options;
-} catch (const Refusal& r) {
-    throw Error(r.message + " (--help lists the flags)");
-}
-
-// [2] Memory --------------------------------------------------------------------------------------
+// [1] Memory --------------------------------------------------------------------------------------
 
 // Divides an engine's memory between the pools (docs/design.md, "Pages"), and finds max_model_len.
 struct MemorySplit {
@@ -218,7 +74,7 @@ MemorySplit split_memory(const Config& c, const Options& o, const KvMemory& memo
     return {limits, length};
 }
 
-// [3] Start ---------------------------------------------------------------------------------------
+// [2] Start ---------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 constexpr const char* instructions = "AVX-512";
@@ -283,7 +139,8 @@ void load(Loaded& loaded, Options o, Service& service) {
     // In a thread of its own, since the driver's start and the upload do not need the tokenizer.
     auto reading = std::async(std::launch::async,
                               [&] { loaded.tokenizer.emplace(directory + "/tokenizer.model"); });
-    const Checkpoint& checkpoint = loaded.checkpoint.emplace(directory);
+    Checkpoint& checkpoint = loaded.checkpoint.emplace(directory);
+    if (o.generation_config == "vllm") checkpoint.defaults = {};
     auto model = open_model(checkpoint, o);
     reading.get();
     const Tokenizer& tokenizer = *loaded.tokenizer;
@@ -321,7 +178,7 @@ std::string find_project() {
     return reply && reply->status == 200 ? reply->body : "";
 }
 
-// [4] Stop ----------------------------------------------------------------------------------------
+// [3] Stop ----------------------------------------------------------------------------------------
 
 // Cloud Run gives 10 s between SIGTERM and SIGKILL.
 constexpr auto to_end = std::chrono::seconds(8);

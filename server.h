@@ -28,15 +28,14 @@ namespace gemma {
 
 struct Options {
     std::string model = "google/gemma-3-1b-it", host = "0.0.0.0", device = "auto";
-    std::vector<std::string> served_model_name,
-        api_key;  // parse_flags: the model, if none is given
+    std::string generation_config = "auto", config;
+    std::vector<std::string> served_model_name;  // parse_flags: the model, if none is given
+    std::vector<std::string> api_key;
     int64_t port = 8000, max_queue = 1024, seed = 0;
     // -1: not given
     int64_t max_model_len = -1, max_num_seqs = -1, max_num_batched_tokens = -1, pages = -1;
     double gpu_memory_utilization = -1;
     bool prompt_tokens_details = false, disable_log_requests = false, check = false;
-    int64_t block_size = page_tokens;  // this and the next: read, and without effect
-    bool load_tracking = true;
 };
 
 // One for each request, whatever its number of prompts and choices. It must not hold a Sequence:
