@@ -46,14 +46,6 @@ double since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-bool eventually(const std::function<bool()>& condition) {
-    for (const auto start = Clock::now(); Clock::now() - start < patience;) {
-        if (condition()) return true;
-        std::this_thread::sleep_for(2ms);
-    }
-    return false;
-}
-
 // The values of /metrics by name, summed over labels.
 std::map<std::string, double> metrics(int port) {
     std::map<std::string, double> values;
@@ -1887,8 +1879,6 @@ TEST_CASE("W1: a broken checkpoint ends the server with one line", "[http]") {
     fs::remove_all(folder);
     std::printf("W1: %zu broken checkpoints, the slowest exit after %.2f s\n", all.size(), slowest);
 }
-
-namespace {}  // namespace
 
 TEST_CASE("X1: one listening port, and no secrets in errors or in the log", "[http]") {
     const std::string key = "sk-Zebra-0192837465", marker = "Quagga-5647382910";

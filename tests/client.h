@@ -5,6 +5,8 @@
 //   [1] Child        a server process: its log, its port, its exit status
 //   [2] Client       requests, and a stream merged into a whole answer
 //
+// No test may depend on the terminal, or the program, that starts it.
+//
 // $GEMMA_SERVER names another server binary, such as the sanitized one with the fake model.
 #pragma once
 
@@ -19,12 +21,14 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <random>
 #include <thread>
 
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -52,31 +56,52 @@ inline std::string binary() {
 #endif
 }
 
-inline constexpr std::array cloud_run{
-    "PORT=", "MODEL_NAME=", "MAX_MODEL_LEN=", "K_SERVICE=", "GOOGLE_CLOUD_PROJECT="};
+// Waits until it holds; false if it never does.
+inline bool eventually(const std::function<bool()>& condition) {
+    for (const auto start = Clock::now(); Clock::now() - start < patience;) {
+        if (condition()) return true;
+        std::this_thread::sleep_for(2ms);
+    }
+    return false;
+}
+
+// What this process has from who started it, and tests would see: a pipe must not become
+// descriptor 0, waitpid finds no child while SIGCHLD is ignored, a server that closes early would
+// end the suite by SIGPIPE, and folders must be ours.
+inline const bool started_alike = [] {
+    for (const int fd : {0, 1, 2}) {
+        if (fcntl(fd, F_GETFD) < 0) (void)!open("/dev/null", O_RDWR);
+    }
+    std::signal(SIGCHLD, SIG_DFL);
+    std::signal(SIGPIPE, SIG_IGN);
+    umask(022);
+    return true;
+}();
+
+// Variables that a server reads. It gets those that its test gives.
+inline constexpr std::array no_defaults{
+    "PORT=",      "MODEL_NAME=",           "MAX_MODEL_LEN=",     "VLLM_API_KEY=",
+    "K_SERVICE=", "GOOGLE_CLOUD_PROJECT=", "GCE_METADATA_HOST=", "GEMMA_STARTED="};
 
 class Child {
   public:
-    explicit Child(const Strings& arguments, const Strings& variables = {}) {
+    // With `starter`, a command that executes the rest of its line, such as env.
+    explicit Child(const Strings& arguments, const Strings& variables = {},
+                   const Strings& starter = {}) {
         int ends[2];
         if (pipe2(ends, O_CLOEXEC) != 0) throw std::runtime_error("no pipe");
-        posix_spawn_file_actions_t actions;
-        posix_spawn_file_actions_init(&actions);
-        for (const int fd : {1, 2}) posix_spawn_file_actions_adddup2(&actions, ends[1], fd);
-        Strings words{binary()}, environment = variables;
+        Strings words = starter, environment = variables;
+        words.push_back(binary());
         environment.push_back("OMP_WAIT_POLICY=passive");  // suites run in parallel: do not spin
         words.insert(words.end(), arguments.begin(), arguments.end());
         for (char** e = environ; *e; e++) {
             const std::string_view v = *e;
-            // If a name stands twice, getenv finds the first, so `variables` win. Variables that
-            // Cloud Run sets are left out: they would change a server that does not expect them.
+            // If a name stands twice, getenv finds the first, so `variables` win.
             const auto names = [&](const char* name) { return v.starts_with(name); };
-            if (std::none_of(cloud_run.begin(), cloud_run.end(), names))
+            if (std::none_of(no_defaults.begin(), no_defaults.end(), names))
                 environment.emplace_back(v);
         }
-        const int error = posix_spawn(&pid, words[0].c_str(), &actions, nullptr,
-                                      pointers(words).data(), pointers(environment).data());
-        posix_spawn_file_actions_destroy(&actions);
+        const int error = spawn(words, environment, ends[1]);
         close(ends[1]);
         if (error) throw std::runtime_error(words[0] + ": " + std::strerror(error));
         reader = std::thread([this, fd = ends[0]] { read_log(fd); });
@@ -115,6 +140,27 @@ class Child {
     }
 
   private:
+    // With no descriptor and no treatment of signals that this process has.
+    int spawn(Strings& words, Strings& environment, int log) {
+        posix_spawn_file_actions_t actions;
+        posix_spawn_file_actions_init(&actions);
+        for (const int fd : {1, 2}) posix_spawn_file_actions_adddup2(&actions, log, fd);
+        posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
+        posix_spawn_file_actions_addclosefrom_np(&actions, 3);
+        posix_spawnattr_t attributes;
+        posix_spawnattr_init(&attributes);
+        sigset_t none, all;
+        sigemptyset(&none);
+        sigfillset(&all);
+        posix_spawnattr_setsigmask(&attributes, &none);
+        posix_spawnattr_setsigdefault(&attributes, &all);
+        posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+        const int error = posix_spawnp(&pid, words[0].c_str(), &actions, &attributes,
+                                       pointers(words).data(), pointers(environment).data());
+        posix_spawn_file_actions_destroy(&actions);
+        posix_spawnattr_destroy(&attributes);
+        return error;
+    }
     static std::vector<char*> pointers(Strings& strings) {
         std::vector<char*> all;
         for (auto& s : strings) all.push_back(s.data());
@@ -216,6 +262,11 @@ inline Reply send(int port, const std::string& method, const std::string& path,
 
 inline Reply get(const std::string& path, int port = server().port) {
     return send(port, "GET", path, "");
+}
+
+// Waits until so many requests for text are being answered; false if they never are.
+inline bool answering(int count, int port) {
+    return eventually([&] { return get("/load", port).parsed()["server_load"] == count; });
 }
 
 inline std::string write(const json& body) {
@@ -418,15 +469,21 @@ inline void check_refusal(const Reply& reply, int status, const Strings& words) 
     CHECK(message.size() < 1000);
 }
 
+// Free, and likely to stay so: below the ports that connections get from the kernel.
 inline int free_port() {
-    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof address;
-    const bool bound = bind(fd, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
-                       getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0;
-    close(fd);
-    if (!bound) throw std::runtime_error("no free port");
-    return ntohs(address.sin_port);
+    std::ifstream range("/proc/sys/net/ipv4/ip_local_port_range");
+    int below = 0;
+    if (!(range >> below) || below < 20'000) below = 32'768;
+    std::mt19937 random{std::random_device{}()};
+    for (int tries = 0; tries < 1000; tries++) {
+        sockaddr_in address{};
+        address.sin_family = AF_INET;
+        address.sin_port = htons(uint16_t(10'000 + int(random() % uint32_t(below - 10'000))));
+        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        const bool bound = bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+        close(fd);
+        if (bound) return ntohs(address.sin_port);
+    }
+    throw std::runtime_error("no free port");
 }

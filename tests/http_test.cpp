@@ -872,6 +872,40 @@ TEST_CASE("a port that is taken is an error", "[http]") {
     CHECK(second.log().find("cannot listen on 127.0.0.1") != std::string::npos);
 }
 
+TEST_CASE("SIGTERM ends a server whose parent ignores or blocks it", "[http]") {
+    for (const char* way : {"--ignore-signal=TERM,INT,CHLD,PIPE", "--block-signal=TERM,INT"}) {
+        for (const int signal : {SIGTERM, SIGINT}) {
+            INFO(way << " " << signal);
+            Child child(with_defaults({}), {"HOME=/no/such/folder", "LC_ALL=tr_TR.UTF-8"},
+                        {"env", way, "sh", "-c", "umask 777 && exec \"$@\"", "sh"});
+            REQUIRE(child.says("\nready in"));
+            kill(child.id(), signal);
+            CHECK(child.exit_status() == 0);
+            CHECK(child.says("shutting down"));
+        }
+    }
+}
+
+TEST_CASE("a server of these tests inherits nothing of what starts them", "[http]") {
+    // As behind `exec 3<>/dev/tcp/HOST/PORT` in a shell.
+    const int inherited = socket(AF_INET, SOCK_STREAM, 0);
+    const auto term = std::signal(SIGTERM, SIG_IGN);
+    {
+        Server s;
+        const std::string proc = text("/proc/%d/", s.id());
+        CHECK(std::filesystem::read_symlink(proc + "fd/0") == "/dev/null");
+        for (const auto& entry : std::filesystem::directory_iterator(proc + "fd"))
+            CHECK(std::filesystem::read_symlink(entry.path()) !=
+                  std::filesystem::read_symlink(text("/proc/self/fd/%d", inherited)));
+        const std::string status = read_file(proc + "status");
+        const uint64_t ignored =
+            std::stoull(status.substr(status.find("\nSigIgn:") + 8), nullptr, 16);
+        CHECK((ignored >> (SIGTERM - 1) & 1) == 0);
+    }
+    std::signal(SIGTERM, term);
+    close(inherited);
+}
+
 TEST_CASE("while loading: unhealthy, and SIGTERM ends it at once", "[http]") {
     // refs/main in the cache is a FIFO that nothing writes: loading blocks on it.
     std::string folder = (std::filesystem::temp_directory_path() / "gemma-http-XXXXXX").string();
