@@ -13,6 +13,7 @@
 #include <future>
 #include <optional>
 
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -244,6 +245,10 @@ int serve(const Options& options) {
 }  // namespace gemma
 
 int main(int argc, char** argv) try {
+    // Closed, one of these would be a client's socket later, and the log would be written into it.
+    for (const int fd : {0, 1, 2}) {
+        if (fcntl(fd, F_GETFD) < 0) (void)!open("/dev/null", O_RDWR);
+    }
     const std::vector<std::string> args(argv + 1, argv + argc);
     const auto asks = [&](const char* word) { return std::count(args.begin(), args.end(), word); };
     if (asks("--help") || asks("-h")) return std::puts(gemma::help().c_str()) < 0;

@@ -872,6 +872,41 @@ TEST_CASE("a port that is taken is an error", "[http]") {
     CHECK(second.log().find("cannot listen on 127.0.0.1") != std::string::npos);
 }
 
+TEST_CASE("F10: with descriptors 0 to 2 closed no log line reaches a client", "[http]") {
+    const int port = free_port();
+    Child child(with_defaults({"--port", std::to_string(port)}), {"GEMMA_FAKE_STEP_MS=2"},
+                {"sh", "-c", "exec \"$@\" <&- >&- 2>&-", "sh"});
+    REQUIRE(eventually([&] { return get("/health", port).status == 200; }));
+    for (const int fd : {0, 1, 2}) {
+        const std::string name = text("/proc/%d/fd/%d", child.id(), fd);
+        CHECK(std::filesystem::read_symlink(name) == "/dev/null");
+    }
+    std::atomic<int> events = 0;
+    const json body =
+        with(base(completions), {{"max_tokens", 100}, {"stream", true}, {"ignore_eos", true}});
+    const auto replies = at_once<Reply>(3, [&](size_t) {
+        return send(port, "POST", completions, write(body), as_json, [&](std::string_view) {
+            if (++events == 10) child.terminate();  // which writes a line to the log
+            return true;
+        });
+    });
+    for (const Reply& reply : replies) {
+        const Stream s = read_events(reply);
+        CHECK(s.done);
+        CHECK(s.events.size() == 100);
+    }
+    CHECK(child.exit_status() == 0);
+}
+
+TEST_CASE("F16: an IPv6 address is logged in brackets", "[http]") {
+    Child child({demo, "--host", "::1", "--port", "0", "--device=cpu"});
+    if (!child.says("\nready in") && child.log().find("cannot listen on ::1") != std::string::npos)
+        SKIP_BECAUSE("this machine has no IPv6");
+    CHECK(child.says("listening on http://[::1]:"));
+    child.terminate();
+    CHECK(child.exit_status() == 0);
+}
+
 TEST_CASE("SIGTERM ends a server whose parent ignores or blocks it", "[http]") {
     for (const char* way : {"--ignore-signal=TERM,INT,CHLD,PIPE", "--block-signal=TERM,INT"}) {
         for (const int signal : {SIGTERM, SIGINT}) {
