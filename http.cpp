@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// http.cpp: the wire. Sitting 3, first. cpp-httplib parses and writes HTTP. This file, and no
-// other, keeps it safe against strangers, for Debian 12's version (0.11.4) as for newer ones.
-// docs/design.md, section 9, lists the library's traps.
+// http.cpp: the wire. Sitting 3, first. A Connection reads the request; cpp-httplib decodes its
+// path and writes the answer. This file and connection.cpp keep the library safe against strangers,
+// for Debian 12's version (0.11.4) as for newer ones. docs/design.md, section 9, lists its traps.
 //
-//   [1] Connection   counts every byte that is read, and has a deadline
-//   [2] Connections  a thread for each; limits on their number and on memory for bodies
-//   [3] Refusals     one envelope for every error
-//   [4] Gate         refuses before the body is read, where the head suffices
+//   [1] Connections  limits on their number and on memory for bodies
+//   [2] Refusals     one envelope for every error
+//   [3] Gate         refuses before the body is read, where the head suffices
+//   [4] Answers      written whole with their length, or streamed
 //   [5] HttpServer
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <ctime>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -20,119 +21,27 @@
 #include <thread>
 
 #include <netinet/in.h>
-#include <poll.h>
+#include <netinet/tcp.h>
 #include <sys/socket.h>
 
 #include <httplib.h>
 #include <nlohmann/json.hpp>
 #include <openssl/crypto.h>
 
+#include "connection.h"
 #include "gemma.h"
 #include "http.h"
 
 namespace gemma {
 
 using namespace std::chrono_literals;
-using Clock = std::chrono::steady_clock;
 using nlohmann::ordered_json;
 
 namespace {
 
-constexpr size_t max_head = 64 << 10;  // request line and headers
-constexpr size_t max_body = 4 << 20;
 constexpr size_t max_connections = 2048;
-constexpr auto patience = 30s;  // to send a whole request; to take any of the answer
 
-// [1] Connection ----------------------------------------------------------------------------------
-
-std::chrono::milliseconds until(Clock::time_point end) {
-    return std::max(0ms, std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()));
-}
-
-class Connection : public httplib::Stream {
-    const int fd;
-    const Clock::time_point deadline = Clock::now() + patience;
-    char buffer[4096];
-    size_t at = 0, end = 0;  // buffer[at, end) is unread
-    size_t received = 0, may_receive = max_head;
-
-  public:
-    explicit Connection(int fd_) : fd(fd_) { here = this; }
-    ~Connection() override {
-        here = nullptr;
-        linger();
-    }
-    Connection(const Connection&) = delete;
-
-    // The connection that this thread serves. read_body needs it, and the library does not pass it.
-    static inline thread_local Connection* here = nullptr;
-
-    bool late() const { return Clock::now() >= deadline; }
-    // Called behind the head. In chunks of a byte a body takes six times its size; 8 to be sure.
-    void expect_body() { may_receive = received + 8 * max_body; }
-
-    ssize_t read(char* to, size_t size) override {
-        if (at == end && !fill()) return -1;
-        const size_t n = std::min(size, end - at);
-        std::copy_n(buffer + at, n, to);
-        at += n;
-        return ssize_t(n);
-    }
-
-    ssize_t write(const char* from, size_t size) override {
-        for (;;) {
-            const ssize_t n = send(fd, from, size, MSG_NOSIGNAL | MSG_DONTWAIT);
-            if (n >= 0) return n;
-            if ((errno != EAGAIN && errno != EINTR) || !wait(POLLOUT, patience)) return -1;
-        }
-    }
-
-    // A FIN or a reset says that the client has left, even behind unread bytes. So a client that
-    // closes its sending side after the request counts as gone (README, Limits).
-    bool is_peer_alive() const { return !(events(0, 0ms) & (POLLRDHUP | POLLHUP | POLLERR)); }
-    bool is_writable() const { return is_peer_alive(); }  // 0.11.4 and 0.18.7 call this one
-    bool is_readable() const override { return at < end || wait(POLLIN, 0ms); }
-    int socket() const override { return fd; }
-    void get_remote_ip_and_port(std::string&, int&) const override {}
-    void get_local_ip_and_port(std::string&, int&) const override {}
-    // Versions from 0.41 on, the image's among them, call these too. Only some versions declare
-    // them virtual, so they cannot say `override`.
-    bool wait_readable() const { return at < end || wait(POLLIN, patience); }
-    bool wait_writable() const { return wait(POLLOUT, patience); }
-    time_t duration() const { return 0; }
-
-  private:
-    short events(short asked, std::chrono::milliseconds limit) const {
-        pollfd p{fd, short(asked | POLLRDHUP), 0};
-        return poll(&p, 1, int(limit.count())) > 0 ? p.revents : short(0);
-    }
-    bool wait(short asked, std::chrono::milliseconds limit) const {
-        return events(asked, limit) & (asked | POLLHUP | POLLERR);
-    }
-
-    bool fill() {
-        const size_t room = std::min(sizeof buffer, may_receive - received);
-        if (room == 0 || !wait(POLLIN, until(deadline)) || late()) return false;
-        const ssize_t n = recv(fd, buffer, room, MSG_DONTWAIT);
-        if (n <= 0) return false;
-        at = 0;
-        end = size_t(n);
-        received += size_t(n);
-        return true;
-    }
-
-    // Reads and drops input for up to two seconds before the socket is closed: closing it with
-    // unread bytes would reset the connection, and the client could lose the answer.
-    void linger() {
-        shutdown(fd, SHUT_WR);
-        const auto stop = Clock::now() + 2s;
-        while (Clock::now() < stop && wait(POLLIN, until(stop))) {
-            if (recv(fd, buffer, sizeof buffer, MSG_DONTWAIT) <= 0) break;
-        }
-    }
-};
-
-// [2] Connections ---------------------------------------------------------------------------------
+// [1] Connections ---------------------------------------------------------------------------------
 
 // The connections of a server. Each has a thread of its own, so that none waits for another.
 struct Connections {
@@ -141,10 +50,6 @@ struct Connections {
     int threads = 0;        // guarded by mutex
     std::set<int> sockets;  // guarded by mutex
     bool closed = false;    // guarded by mutex; true: each new connection gets 503
-
-    // True while the accept loop serves a connection itself, because std::thread failed; such a
-    // connection gets 503.
-    static inline thread_local bool no_thread = false;
 
     void count(int change) {
         const std::lock_guard lock(mutex);
@@ -155,34 +60,6 @@ struct Connections {
         std::unique_lock lock(mutex);
         return changed.wait_for(lock, limit, [&] { return threads == 0; });
     }
-};
-
-// The library's accept loop calls enqueue() with a function that serves one connection.
-class Queue : public httplib::TaskQueue {
-  public:
-    explicit Queue(std::shared_ptr<Connections> c) : connections(std::move(c)) {}
-    using Enqueued = decltype(std::declval<httplib::TaskQueue>().enqueue({}));  // void, then bool
-
-    Enqueued enqueue(std::function<void()> serve) override {
-        connections->count(+1);
-        try {
-            std::thread([serve, counted = connections] {
-                serve();
-                counted->count(-1);
-            }).detach();
-        } catch (const std::system_error&) {
-            Connections::no_thread = true;
-            serve();
-            Connections::no_thread = false;
-            connections->count(-1);
-        }
-        return Enqueued(true);
-    }
-    // HttpServer::stop() ends this wait sooner, or the process exits.
-    void shutdown() override { connections->wait(std::chrono::hours(1)); }
-
-  private:
-    const std::shared_ptr<Connections> connections;
 };
 
 // Limits the memory of bodies that are not answered yet. Each body has 64 KiB of its own. Larger
@@ -232,7 +109,7 @@ class Budget {
     };
 };
 
-// [3] Refusals ------------------------------------------------------------------------------------
+// [2] Refusals ------------------------------------------------------------------------------------
 
 std::string type_of(int status) {
     static const std::map<int, const char*> types{
@@ -262,9 +139,7 @@ void refuse_with(httplib::Response& res, const Refusal& r) {
     if (r.status == 401) res.set_header("WWW-Authenticate", "Bearer");
 }
 
-// [4] Gate ----------------------------------------------------------------------------------------
-
-bool iequals(const std::string& a, const char* b) { return strcasecmp(a.c_str(), b) == 0; }
+// [3] Gate ----------------------------------------------------------------------------------------
 
 // Takes the same time wherever the first wrong byte is; only the length of a key shows.
 bool equal_secrets(const std::string& a, const std::string& b) {
@@ -273,30 +148,101 @@ bool equal_secrets(const std::string& a, const std::string& b) {
 
 // The head must give the size of the body once, and in one way: otherwise a proxy and this server
 // could see different requests in the same bytes.
-void check_framing(const httplib::Request& req) {
-    const size_t lengths = req.get_header_value_count("Content-Length");
-    const size_t codings = req.get_header_value_count("Transfer-Encoding");
-    const std::string length = req.get_header_value("Content-Length");
+void check_framing(const Head& head) {
+    const size_t lengths = head.count("Content-Length");
+    const size_t codings = head.count("Transfer-Encoding");
+    const std::string length = head.get("Content-Length");
     const bool digits = !length.empty() && length.size() <= 18 &&
                         length.find_first_not_of("0123456789") == std::string::npos;
     if (lengths + codings > 1)
         throw Refusal{400, "a body has one Content-Length or one Transfer-Encoding", ""};
     if (lengths && !digits)
         throw Refusal{400, "Content-Length must be a number, got " + length.substr(0, 100), ""};
-    if (codings && !iequals(req.get_header_value("Transfer-Encoding"), "chunked"))
-        throw Refusal{400, "Transfer-Encoding must be chunked", ""};
+    if (codings && !(head.knows_chunks && iequals(head.get("Transfer-Encoding"), "chunked")))
+        throw Refusal{400, "Transfer-Encoding must be chunked, and the version HTTP/1.1", ""};
     if (lengths && std::stoull(length) > max_body)
         throw Refusal{413, "the body is over 4 MiB: Content-Length " + length, ""};
 }
 
-void check_content(const httplib::Request& req) {
-    if (req.has_header("Content-Encoding") &&
-        !iequals(req.get_header_value("Content-Encoding"), "identity"))
+void check_content(const Head& head) {
+    if (head.has("Content-Encoding") && !iequals(head.get("Content-Encoding"), "identity"))
         throw Refusal{415, "Content-Encoding must be identity", ""};
-    const std::string type = req.get_header_value("Content-Type");
+    const std::string type = head.get("Content-Type");
     const size_t end = std::min(type.find_first_of("; \t"), type.size());
     if (!iequals(type.substr(0, end), "application/json"))
         throw Refusal{400, "Unsupported Media Type: Only 'application/json' is allowed", ""};
+}
+
+void check_key(const Head& head, const std::vector<std::string>& keys) {
+    const std::string given = head.get("Authorization");
+    const bool bearer = iequals(given.substr(0, 7), "Bearer ");
+    bool known = false;
+    for (const std::string& key : keys) {
+        if (bearer && equal_secrets(given.substr(7), key)) known = true;
+    }
+    if (!known) throw Refusal{401, "Unauthorized", ""};
+}
+
+// What a browser asks before it lets a page of another origin send a request.
+void preflight(const Head& head, httplib::Response& res) {
+    res.set_header("Access-Control-Allow-Methods", "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT");
+    const std::string asked = head.get("Access-Control-Request-Headers");
+    const bool plain = std::all_of(asked.begin(), asked.end(), [](char c) {
+        return std::isalnum(uint8_t(c)) || c == '-' || c == ',' || c == ' ' || c == '_';
+    });
+    res.set_header("Access-Control-Allow-Headers", asked.empty() || !plain ? "*" : asked);
+    res.set_header("Access-Control-Max-Age", "600");
+    res.status = 200;
+    res.set_content("OK", "text/plain");
+}
+
+// [4] Answers -------------------------------------------------------------------------------------
+
+std::string date() {
+    const std::time_t now = std::time(nullptr);
+    std::tm utc{};
+    char text[40];
+    std::strftime(text, sizeof text, "%a, %d %b %Y %H:%M:%S GMT", gmtime_r(&now, &utc));
+    return text;
+}
+
+// Of an answer whose end is not made yet. HTTP/1.0 has no chunks: there the connection ends it.
+void stream(httplib::Response& res, HttpReply reply) {
+    res.set_header("Cache-Control", "no-cache");
+    res.set_header("X-Accel-Buffering", "no");  // nginx would collect events, and send many at once
+    auto write = [more = std::move(reply.more)](size_t, httplib::DataSink& sink) {
+        std::string out;
+        bool goes_on = false;
+        try {
+            goes_on = more(out);
+        } catch (const std::exception& e) {  // uncaught, it ends the process
+            say(std::string("an answer ended with ") + e.what(), Severity::error);
+            return false;
+        }
+        // Ask first: writing to a closed peer succeeds until its reset arrives.
+        if (!sink.is_writable()) return false;
+        if (!out.empty() && !sink.write(out.data(), out.size())) return false;
+        if (!goes_on) sink.done();
+        return true;
+    };
+    if (Connection::here->head.knows_chunks)
+        res.set_chunked_content_provider(reply.type, std::move(write));
+    else
+        res.set_content_provider(reply.type, std::move(write));
+}
+
+// Waits for the end of the answer, since its length comes first. `more` must outlive the writing: a
+// shutdown takes the request for answered once `more` is destroyed.
+void write_whole(httplib::Response& res, HttpReply made) {
+    const auto reply = std::make_shared<HttpReply>(std::move(made));
+    while (reply->more(reply->body)) {
+        if (!Connection::here->is_peer_alive())  // or stop() has ended every read
+            throw Refusal{503, "the server shut down before the answer was whole", ""};
+    }
+    res.set_content_provider(reply->body.size(), reply->type,
+                             [reply](size_t at, size_t size, httplib::DataSink& sink) {
+                                 return sink.write(reply->body.data() + at, size);
+                             });
 }
 
 }  // namespace
@@ -308,94 +254,139 @@ struct HttpServer::Library : httplib::Server {
     const std::vector<std::string> api_keys;
     const std::shared_ptr<Connections> connections = std::make_shared<Connections>();
     Budget budget;
+    int listening = -1;
 
     Library(std::vector<Route> r, std::vector<std::string> keys)
         : routes(std::move(r)), api_keys(std::move(keys)) {
-        new_task_queue = [this] { return new Queue(connections); };
-        set_tcp_nodelay(true);
-        set_keep_alive_max_count(1);
-        // Called once the head is read. Unhandled: the library calls the handler of Post.
+        // The library calls this with the path of the request, before it would look for handlers.
         set_pre_routing_handler([this](const auto& req, auto& res) {
-            auto& request = const_cast<httplib::Request&>(req);
-            // The library would compress event streams, and hold them back until a block is full.
-            request.headers.erase("Accept-Encoding");
-            request.ranges.clear();  // the library would cut JSON
-            const bool passed = guard(res, [&] { check(req, res); });
-            if (passed && req.method == "POST") return HandlerResponse::Unhandled;
-            const bool answered = res.status != -1;  // by a refusal or by preflight()
-            if (!answered) guard(res, [&] { answer(req, res, {}); });
+            guard(res, [&] { answer(*Connection::here, req.path, res); });
             return HandlerResponse::Handled;
         });
-        Post(".*", [this](const auto& req, auto& res, const httplib::ContentReader& read) {
-            Budget::Share share(budget);
-            guard(res, [&] { answer(req, res, read_body(req, read, share)); });
-        });
         set_error_handler([](const auto&, auto& res) {  // the library's own refusals have no body
-            if (res.body.empty()) refuse_with(res, {res.status, "no valid HTTP request", ""});
+            const char* reason =
+                res.status == 414 ? "the path is over 8 KiB" : "unknown method or target";
+            if (res.body.empty()) refuse_with(res, {res.status, reason, ""});
+        });
+        set_post_routing_handler([](const auto&, auto& res) {  // of every answer
+            res.set_header("Date", date());
+            res.headers.erase("Accept-Ranges");  // they would cut JSON
         });
     }
 
+    // Throws an Error if it cannot. Returns the port.
+    int bind(const std::string& host, int wanted) {
+        // Replaces the library's own options, which would share the port with another server
+        // (SO_REUSEPORT); the listen() below replaces its backlog of 5.
+        set_socket_options([&](int fd) {
+            const int yes = 1;
+            listening = fd;
+            setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // connections inherit it
+        });
+        errno = 0;  // stays 0 if the name cannot be resolved
+        const int port = wanted == 0                  ? bind_to_any_port(host)
+                         : bind_to_port(host, wanted) ? wanted
+                                                      : -1;
+        if (port < 0 || ::listen(listening, 1024) != 0) {
+            throw Error(text("cannot listen on %s, port %d: %s", host.c_str(), wanted,
+                             errno ? std::strerror(errno) : "no such address"));
+        }
+        return port;
+    }
+
+    // Until stop(). The library's own loop would end, and close the port, at the first error. But
+    // each error of accept passes: a client that has left, a network that is down, a full table of
+    // files.
+    void accept_all() {
+        for (int failures = 0;;) {
+            const int fd = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC);
+            const int error = errno;
+            {
+                const std::lock_guard lock(connections->mutex);
+                if (connections->closed && fd >= 0) close(fd);
+                if (connections->closed) return;
+            }
+            if (fd >= 0) {
+                failures = 0;
+                start_thread(fd);
+                continue;
+            }
+            if (++failures == 1000)
+                say(text("accept has failed for a second, and is tried again: %s",
+                         std::strerror(error)),
+                    Severity::warning);
+            std::this_thread::sleep_for(1ms);
+        }
+    }
+
+    void start_thread(int fd) {
+        connections->count(+1);
+        try {
+            std::thread([this, fd, counted = connections] {
+                serve(fd);
+                counted->count(-1);
+            }).detach();
+        } catch (const std::exception&) {  // no thread, no memory
+            turn_away(fd);
+            close(fd);
+            connections->count(-1);
+        }
+    }
+
     // Serves one connection, from its first byte to its end.
-    bool process_and_close_socket(socket_t fd) override {
+    void serve(int fd) {
         bool admitted;
         {
             const std::lock_guard lock(connections->mutex);
             connections->sockets.insert(fd);
-            admitted = !Connections::no_thread && !connections->closed &&
-                       connections->sockets.size() <= max_connections;
+            admitted = !connections->closed && connections->sockets.size() <= max_connections;
         }
-        const bool ok = admitted && serve(fd);
-        if (!admitted) turn_away(fd);
+        if (admitted)
+            read_and_answer(fd);
+        else
+            turn_away(fd);
         const std::lock_guard lock(connections->mutex);
         connections->sockets.erase(fd);
         close(fd);
-        return ok;
     }
 
     static void turn_away(int fd) {
         const std::string body = envelope({503, "too many connections", ""});
         const std::string all = text(
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nDate: %s\r\n"
             "Retry-After: 1\r\nConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
-            body.size(), body.c_str());
+            date().c_str(), body.size(), body.c_str());
         send(fd, all.data(), all.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
         ::shutdown(fd, SHUT_WR);
     }
 
-    bool serve(int fd) {
+    void read_and_answer(int fd) try {
         Connection connection(fd);
-        bool closed = true;
-        const std::function<void(httplib::Request&)> after_head = [&](httplib::Request&) {
-            connection.expect_body();
-        };
-        try {
-            return process(*this, connection, closed, after_head);
-        } catch (const std::exception& e) {  // such as bad_alloc; uncaught, it ends the process
-            say(std::string("a connection ended with ") + e.what(), Severity::error);
-            return false;
-        }
+        if (connection.read_head()) process(*this, connection);
+    } catch (const std::exception& e) {  // such as bad_alloc; uncaught, it ends the process
+        say(std::string("a connection ended with ") + e.what(), Severity::error);
     }
 
     // 0.11.4 takes no addresses; newer versions take them, and nothing here reads them.
-    static bool process(auto& self, httplib::Stream& stream, bool& closed, const auto& after_head) {
-        if constexpr (requires { self.process_request(stream, true, closed, after_head); })
-            return self.process_request(stream, true, closed, after_head);
+    static void process(auto& self, httplib::Stream& stream) {
+        bool closed = true;
+        if constexpr (requires { self.process_request(stream, true, closed, nullptr); })
+            self.process_request(stream, true, closed, nullptr);
         else
-            return self.process_request(stream, "", 0, "", 0, true, closed, after_head);
+            self.process_request(stream, "", 0, "", 0, true, closed, nullptr);
     }
 
-    // False: `step` threw, and res is the refusal.
-    static bool guard(httplib::Response& res, auto&& step) {
+    // If `step` throws, res is the refusal.
+    static void guard(httplib::Response& res, auto&& step) {
         try {
             step();
-            return true;
         } catch (const Refusal& r) {
             refuse_with(res, r);
         } catch (const std::exception& e) {
             say(std::string("a request ended with ") + e.what(), Severity::error);
             refuse_with(res, {500, "internal error", ""});
         }
-        return false;
     }
 
     const Route* find(const std::string& method, const std::string& path) const {
@@ -406,124 +397,61 @@ struct HttpServer::Library : httplib::Server {
         return found == routes.end() ? nullptr : &*found;
     }
 
-    void check(const httplib::Request& req, httplib::Response& res) const {
-        const bool origin = req.has_header("Origin");
+    void answer(Connection& connection, const std::string& path, httplib::Response& res) {
+        const Head& head = connection.head;
+        if (connection.refusal) throw *connection.refusal;
+        const bool origin = head.has("Origin");
         if (origin) res.set_header("Access-Control-Allow-Origin", "*");
-        if (origin && req.method == "OPTIONS" && req.has_header("Access-Control-Request-Method"))
-            return preflight(req, res);
-        if (!api_keys.empty() && req.path.starts_with("/v1")) {
-            const std::string given = req.get_header_value("Authorization");
-            const bool bearer = iequals(given.substr(0, 7), "Bearer ");
-            bool known = false;
-            for (const std::string& key : api_keys) {
-                if (bearer && equal_secrets(given.substr(7), key)) known = true;
-            }
-            if (!known) throw Refusal{401, "Unauthorized", ""};
-        }
-        const std::string request = req.method + " " + req.path.substr(0, 100);
-        if (!find("", req.path)) throw Refusal{404, request + " is not served", ""};
-        const Route* route = find(req.method == "HEAD" ? "GET" : req.method, req.path);
-        if (!route) {
-            std::string allowed;
-            if (find("GET", req.path)) allowed = "GET, HEAD";
-            if (find("POST", req.path)) allowed += allowed.empty() ? "POST" : ", POST";
-            res.set_header("Allow", allowed);
-            throw Refusal{405, request + " is not served: use " + allowed, ""};
-        }
-        check_framing(req);
-        if (req.method == "POST" && route->body) check_content(req);
-    }
-
-    static void preflight(const httplib::Request& req, httplib::Response& res) {
-        res.set_header("Access-Control-Allow-Methods",
-                       "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT");
-        const std::string asked = req.get_header_value("Access-Control-Request-Headers");
-        const bool plain = std::all_of(asked.begin(), asked.end(), [](char c) {
-            return std::isalnum(uint8_t(c)) || c == '-' || c == ',' || c == ' ' || c == '_';
-        });
-        res.set_header("Access-Control-Allow-Headers", asked.empty() || !plain ? "*" : asked);
-        res.set_header("Access-Control-Max-Age", "600");
-        res.status = 200;
-        res.set_content("OK", "text/plain");
-    }
-
-    std::string read_body(const httplib::Request& req, const httplib::ContentReader& read,
-                          Budget::Share& share) {
-        std::string body;
-        if (!req.has_header("Content-Length") && !req.has_header("Transfer-Encoding")) return body;
-        std::optional<Refusal> refusal;
-        const bool whole = read([&](const char* data, size_t size) {
-            if (body.size() + size > max_body)
-                refusal = Refusal{413, "the body is over 4 MiB", ""};
-            else if (!share.cover(body.size() + size))
-                refusal = Refusal{503, "too many large bodies at a time", ""};
-            else
-                body.append(data, size);
-            return !refusal;
-        });
-        if (refusal) throw *refusal;
-        if (!whole && Connection::here->late())
-            throw Refusal{408, "the request did not come whole within 30 s", ""};
-        if (!whole) throw Refusal{400, "the body did not come whole", ""};
-        return body;
-    }
-
-    void answer(const httplib::Request& req, httplib::Response& res, std::string body) const {
-        const Route* route = find(req.method == "HEAD" ? "GET" : req.method, req.path);
-        const char* trace =
-            req.has_header("X-Cloud-Trace-Context") ? "X-Cloud-Trace-Context" : "traceparent";
-        HttpReply reply =
-            route->answer({req.path, std::move(body), req.get_header_value("X-Request-Id"),
-                           req.get_header_value(trace)});
+        if (origin && head.method == "OPTIONS" && head.has("Access-Control-Request-Method"))
+            return preflight(head, res);
+        if (!api_keys.empty() && path.starts_with("/v1")) check_key(head, api_keys);
+        const Route& route = find_or_refuse(head.method, path, res);
+        check_framing(head);
+        if (head.method == "POST" && route.body) check_content(head);
+        HttpReply reply = ask(connection, route, path);
         res.status = 200;
         if (!reply.more) return res.set_content(reply.body, reply.type.c_str());
-        res.set_chunked_content_provider(
-            reply.type, [more = std::move(reply.more)](size_t, httplib::DataSink& sink) {
-                std::string out;
-                bool goes_on = false;
-                try {
-                    goes_on = more(out);
-                } catch (const std::exception& e) {  // uncaught, it ends the process
-                    say(std::string("an answer ended with ") + e.what(), Severity::error);
-                    return false;
-                }
-                // Ask first: writing to a closed peer succeeds until its reset arrives.
-                if (!sink.is_writable()) return false;
-                if (!out.empty() && !sink.write(out.data(), out.size())) return false;
-                if (!goes_on) sink.done();
-                return true;
+        if (reply.type.starts_with("text/event-stream"))
+            stream(res, std::move(reply));
+        else
+            write_whole(res, std::move(reply));
+    }
+
+    const Route& find_or_refuse(const std::string& method, const std::string& path,
+                                httplib::Response& res) const {
+        const std::string request = method + " " + path.substr(0, 100);
+        if (!find("", path)) throw Refusal{404, request + " is not served", ""};
+        if (const Route* route = find(method == "HEAD" ? "GET" : method, path)) return *route;
+        std::string allowed;
+        if (find("GET", path)) allowed = "GET, HEAD";
+        if (find("POST", path)) allowed += allowed.empty() ? "POST" : ", POST";
+        res.set_header("Allow", allowed);
+        throw Refusal{405, request + " is not served: use " + allowed, ""};
+    }
+
+    HttpReply ask(Connection& connection, const Route& route, const std::string& path) {
+        const Head& head = connection.head;
+        Budget::Share share(budget);
+        std::string body;
+        if (head.method == "POST") {
+            connection.read_body([&](const char* bytes, size_t size) {
+                if (body.size() + size > max_body) throw Refusal{413, "the body is over 4 MiB", ""};
+                if (!share.cover(body.size() + size))
+                    throw Refusal{503, "too many large bodies at a time", ""};
+                body.append(bytes, size);
             });
+        }
+        const char* trace =
+            head.has("X-Cloud-Trace-Context") ? "X-Cloud-Trace-Context" : "traceparent";
+        return route.answer({path, std::move(body), head.get("X-Request-Id"), head.get(trace)});
     }
 };
 
 HttpServer::HttpServer(const std::string& host, int wanted, std::vector<Route> routes,
                        std::vector<std::string> api_keys)
     : library(std::make_unique<Library>(std::move(routes), std::move(api_keys))) {
-    // Replaces the library's own options, which would share the port with another server
-    // (SO_REUSEPORT); the listen() below replaces its backlog of 5.
-    int listening = -1;
-    errno = 0;  // stays 0 if the name cannot be resolved
-    library->set_socket_options([&](int fd) {
-        const int yes = 1;
-        listening = fd;
-        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    });
-    if (wanted == 0)
-        port = library->bind_to_any_port(host);
-    else
-        port = library->bind_to_port(host, wanted) ? wanted : -1;
-    if (port < 0 || listen(listening, 1024) != 0) {
-        throw Error(text("cannot listen on %s, port %d: %s", host.c_str(), wanted,
-                         errno ? std::strerror(errno) : "no such address"));
-    }
-    listener = std::thread([this] {
-        library->listen_after_bind();
-        const std::lock_guard lock(library->connections->mutex);
-        if (library->connections->closed) return;
-        say("no connection can be accepted any more", Severity::error);  // such as out of memory
-        std::_Exit(1);
-    });
-    while (!library->is_running()) std::this_thread::yield();  // until then, stop() has no effect
+    port = library->bind(host, wanted);
+    listener = std::thread([this] { library->accept_all(); });
 }
 
 // New connections get 503, and the accept loop ends. Then SHUT_RD ends every read at once, and
@@ -534,7 +462,7 @@ bool HttpServer::stop() {
         const std::lock_guard lock(library->connections->mutex);
         library->connections->closed = true;
     }
-    library->stop();
+    ::shutdown(library->listening, SHUT_RDWR);  // wakes accept
     for (const int how : {SHUT_RD, SHUT_RDWR}) {
         {
             const std::lock_guard lock(library->connections->mutex);
@@ -542,6 +470,7 @@ bool HttpServer::stop() {
         }
         if (!library->connections->wait(300ms)) continue;
         listener.join();
+        close(library->listening);
         return true;
     }
     return false;

@@ -25,8 +25,9 @@ struct HttpRequest {
 
 struct HttpReply {
     std::string body, type = "application/json";
-    // If set, it replaces the body: it is called until it returns false. Each call waits for 50 ms
-    // at most and may append to out. It is destroyed when the client has left.
+    // If set, it makes the body: it is called until it returns false. Each call waits for 50 ms at
+    // most and may append to out. What it appends is sent at once if the type is an event stream,
+    // else when it is whole. It is destroyed when the body is written, or the client has left.
     std::function<bool(std::string& out)> more;
 };
 

@@ -1057,9 +1057,9 @@ std::vector<Probe> probes() {
         return raw_head(post, json_type + "Transfer-Encoding: chunked\r\n") + more;
     };
     return {
-        {"a request line of 128 MiB", "GET /", mib, 128, {0, 400, 414, 431}},
-        {"a header of 128 MiB", "GET /health HTTP/1.1\r\nX: ", mib, 128, {0, 400, 431}},
-        {"12 million headers", "GET /health HTTP/1.1\r\n", headers, 64, {0, 400, 431}},
+        {"a request line of 128 MiB", "GET /", mib, 128, {0, 431}},
+        {"a header of 128 MiB", "GET /health HTTP/1.1\r\nX: ", mib, 128, {0, 431}},
+        {"12 million headers", "GET /health HTTP/1.1\r\n", headers, 64, {0, 431}},
         {"a chunked body of 128 MiB", chunked(""), chunks, 128, {0, 413}},
         {"a declared body of 128 MiB",
          raw_head(post, json_type + "Content-Length: 134217728\r\n"),
@@ -1071,6 +1071,8 @@ std::vector<Probe> probes() {
          "",
          0,
          {413}},
+        {"an extension of 128 MiB", chunked("2;"), mib, 128, {0, 431}},
+        {"trailers of 128 MiB", chunked("0\r\nX: "), mib, 128, {0, 431}},
         {"a chunk of -2", chunked("-2\r\n"), mib, 8, {0, 400, 413}},
         {"a chunk of 2^64-1", chunked("ffffffffffffffff\r\naaaa\r\n0\r\n\r\n"), "", 0, {400, 413}},
         {"a chunk of 2^68", chunked("fffffffffffffffff\r\naaaa\r\n0\r\n\r\n"), "", 0, {400, 413}},
@@ -1206,8 +1208,7 @@ TEST_CASE("H1: no request hides in another, and no header comes from a client", 
         const Reply reply = send(server().port, "GET", "/version", "", {{"Range", range}});
         INFO(range << " " << reply.status << reply.body);
         CHECK(fault_of_any(reply) == "");
-        const bool is_range = range[0] == 'b' && range[6] != '9';
-        CHECK((reply.status == 200 || (!is_range && reply.status == 416)));
+        CHECK(reply.status == 200);
     }
     Raw patient(server().port);
     patient.write(raw_head(
@@ -1328,15 +1329,21 @@ TEST_CASE("H2: of 2,049 connections one is refused, and the others stay", "[http
         poll(sockets.data(), sockets.size(), int(std::chrono::milliseconds(patience).count()));
         const auto heard = [](const pollfd& p) { return p.revents != 0; };
         REQUIRE(std::count_if(sockets.begin(), sockets.end(), heard) == 1);
-        const auto one = std::find_if(sockets.begin(), sockets.end(), heard) - sockets.begin();
-        const std::string& got = rest(*all[size_t(one)]);
+        const size_t one =
+            size_t(std::find_if(sockets.begin(), sockets.end(), heard) - sockets.begin());
+        const std::string& got = rest(*all[one]);
         INFO(got);
         CHECK(status_in(got) == 503);
         CHECK(got.find("\r\nRetry-After: ") != std::string::npos);
+        CHECK(got.find("\r\nDate: ") != std::string::npos);
         CHECK(got.find("ServiceUnavailableError") != std::string::npos);
-        Raw& other = *all[one == 0 ? 1 : 0];
-        other.write(raw_head("GET /health"));
-        CHECK(status_in(rest(other)) == 200);
+        size_t served = 0;
+        for (size_t i = 0; i < all.size(); i++) {
+            if (i == one) continue;
+            all[i]->write(raw_head("GET /health"));
+            served += status_in(rest(*all[i])) == 200;
+        }
+        CHECK(served == 2048);
         std::printf("H2: 2049 connections: memory %.0f MiB\n", use_of(s).memory);
     }
     CHECK(eventually([&] { return get("/health", s.port).status == 200; }));
@@ -1957,7 +1964,11 @@ TEST_CASE("S2: a client that reads nothing for 30 s is cut off", "[http]") {
     size_t whole = 0;
     for (const auto& raw : stalled().readers) {
         const std::string& got = rest(*raw);
-        whole += got.find("[DONE]") != std::string::npos || got.ends_with("\r\n0\r\n\r\n");
+        const size_t body = got.find("\r\n\r\n") + 4;
+        const size_t length = got.find("\r\nContent-Length: ");
+        whole += got.find("[DONE]") != std::string::npos ||
+                 (length < body &&
+                  got.size() - body >= std::strtoul(got.c_str() + length + 18, nullptr, 10));
     }
     CHECK(whole == 0);
     CHECK(idle(stalled().server.port));
@@ -1973,7 +1984,7 @@ TEST_CASE("S1: a connection without a complete request after 30 s is closed", "[
         std::printf("S1: %zu %s: closed after %.1f to %.1f s,", sum.count, names[kind], sum.first,
                     sum.last);
         for (const auto& [status, times] : sum.statuses) {
-            CHECK((kind == Dribblers::in_body ? status == 408 : status == 0 || status == 400));
+            CHECK(status == (kind == Dribblers::idle ? 0 : 408));
             std::printf(" %zu x %d", times, status);
         }
         std::printf("\n");

@@ -8,17 +8,20 @@
 //   [4] Sampling     logprobs, seeds, ranges
 //   [5] Refusals     one shape of error, and vLLM's words, which clients search for
 //   [6] Other routes
-//   [7] Crowds       many clients at once, and clients that leave
-//   [8] Lifecycle    flags, loading, SIGTERM
+//   [7] The wire     versions, heads, framing; faults of F and D in the names are of one report
+//   [8] Crowds       many clients at once, and clients that leave
+//   [9] Lifecycle    flags, loading, SIGTERM
 //
 // A case tagged [http] holds for any model behind the server; [demo] needs the demo model's text.
 #include "client.h"
 
 #include <atomic>
 #include <list>
+#include <sstream>
 #include <set>
 
 #include <sys/stat.h>
+#include <sys/syscall.h>
 
 // [1] Shapes --------------------------------------------------------------------------------------
 
@@ -709,7 +712,282 @@ TEST_CASE("roles must alternate, in vLLM's words", "[http]") {
                       {"Conversation roles must alternate user/assistant/user/assistant/..."});
 }
 
-// [7] Crowds --------------------------------------------------------------------------------------
+// [7] The wire ------------------------------------------------------------------------------------
+
+// The error that the accept4 of this program gives next, instead of a connection; 0: none. It
+// stands before the C library's, so the HttpServer within this program calls it.
+std::atomic<int> accept_error = 0;
+
+extern "C" int accept4(int fd, sockaddr* address, socklen_t* size, int flags) {
+    errno = accept_error.exchange(0);
+    return errno ? -1 : int(syscall(SYS_accept4, fd, address, size, flags));
+}
+
+namespace {
+
+const char* const never = "\x01 never";
+
+struct Wire {  // an answer as it came
+    std::string head, body;
+    int status = 0;  // 0: none came
+    std::string header(const std::string& name) const {
+        const size_t at = head.find("\r\n" + name + ": ");
+        if (at == std::string::npos) return "";
+        const size_t begin = at + name.size() + 4;
+        return head.substr(begin, head.find("\r\n", begin) - begin);
+    }
+};
+
+Wire split(const std::string& bytes) {
+    const size_t end = bytes.find("\r\n\r\n");
+    if (!bytes.starts_with("HTTP/1.1 ") || end == std::string::npos) return {bytes, "", 0};
+    return {bytes.substr(0, end + 2), bytes.substr(end + 4), std::atoi(bytes.c_str() + 9)};
+}
+
+Wire exchange(const std::string& bytes, int port = server().port) {
+    Raw raw(port);
+    raw.write(bytes);
+    return split(raw.read_until(never));
+}
+
+// A request with a body, of this version of HTTP and with these headers.
+std::string posting(const char* version, const json& body, const std::string& headers = "",
+                    const std::string& path = completions) {
+    const std::string bytes = write(body);
+    return text("POST %s %s\r\nHost: x\r\nContent-Type: application/json\r\n%s", path.c_str(),
+                version, headers.c_str()) +
+           text("Content-Length: %zu\r\n\r\n", bytes.size()) + bytes;
+}
+
+std::string getting(const std::string& target, const std::string& headers = "Host: x\r\n",
+                    const char* version = "HTTP/1.1") {
+    return "GET " + target + " " + version + "\r\n" + headers + "\r\n";
+}
+
+void check_wire(const Wire& wire, int status, const char* words) {
+    INFO(wire.head << wire.body);
+    CHECK(wire.status == status);
+    CHECK(wire.header("Content-Length") == std::to_string(wire.body.size()));
+    CHECK(json::parse(wire.body)["error"]["code"] == status);
+    CHECK(wire.body.find(words) != std::string::npos);
+}
+
+const json two_tokens{{"prompt", "Cloud Run is"}, {"max_tokens", 2}, {"temperature", 0}};
+
+}  // namespace
+
+TEST_CASE("F4: HTTP/1.0 gets no chunks, and a whole answer has its length", "[http]") {
+    const json whole = complete(two_tokens);
+    for (const char* version : {"HTTP/1.0", "HTTP/1.1"}) {
+        INFO(version);
+        const bool old = version == std::string("HTTP/1.0");
+        const Wire answer = exchange(posting(version, two_tokens));
+        CHECK(answer.status == 200);
+        CHECK(answer.header("Transfer-Encoding") == "");
+        CHECK(answer.header("Content-Length") == std::to_string(answer.body.size()));
+        CHECK(comparable(json::parse(answer.body)) == comparable(whole));
+
+        const Wire streamed = exchange(posting(version, with(two_tokens, {{"stream", true}})));
+        CHECK(streamed.status == 200);
+        CHECK(streamed.header("Content-Length") == "");
+        CHECK(streamed.header("Transfer-Encoding") == (old ? "" : "chunked"));
+        CHECK(streamed.header("Connection") == "close");
+        if (old) {
+            const Stream s = read_events({200, streamed.body, {}});
+            CHECK(s.done);
+            CHECK(merged(s, 1) == comparable(whole));
+        }
+        check_wire(exchange(posting(version, {{"prompt", 5}})), 400, "prompt must be");
+    }
+    check_wire(exchange("POST /tokenize HTTP/1.0\r\nContent-Type: application/json\r\n"
+                        "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+               400, "HTTP/1.1");  // 1.0 has no chunks in requests either
+}
+
+TEST_CASE("F5: trailers behind a chunked body are dropped, up to 64 KiB of them", "[http]") {
+    const std::string body = write({{"prompt", "a"}});
+    const auto chunked = [&](const std::string& size, const std::string& trailers) {
+        return exchange(
+            "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n" +
+            size + "\r\n" + body + "\r\n0\r\n" + trailers + "\r\n");
+    };
+    const std::string size = text("%zx", body.size());
+    const json plain = json::parse(chunked(size, "").body);
+    CHECK(plain["count"] == 2);
+    for (const std::string& trailers :
+         {std::string("X-Checksum: abc\r\n"), std::string("A: b\r\nC: d\r\nContent-Length: 5\r\n"),
+          "X: " + std::string(60'000, 'x') + "\r\n"}) {
+        const Wire answer = chunked(size, trailers);
+        CHECK(answer.status == 200);
+        CHECK(json::parse(answer.body) == plain);
+    }
+    CHECK(chunked(size + ";name=value", "").status == 200);
+    check_wire(chunked(size, "X: " + std::string(70'000, 'x') + "\r\n"), 431, "64 KiB");
+}
+
+TEST_CASE("F6: one header may take the 64 KiB of a head, and a byte more is 431", "[http]") {
+    const std::string rest_of_head = getting("/health", "Host: x\r\nX: \r\n");
+    for (const size_t size : {8'200, 60'000, (64 << 10) - int(rest_of_head.size())}) {
+        INFO(size);
+        const std::string header = "Host: x\r\nX: " + std::string(size, 'a') + "\r\n";
+        CHECK(exchange(getting("/health", header)).status == 200);
+    }
+    const std::string over(size_t(64 << 10) - rest_of_head.size() + 1, 'a');
+    check_wire(exchange(getting("/health", "Host: x\r\nX: " + over + "\r\n")), 431,
+               "the head of the request is over 64 KiB");
+    std::string many = "Host: x\r\n";
+    for (int i = 0; i < 5'000; i++) many += text("X-%d: a\r\n", i);
+    CHECK(exchange(getting("/health", many)).status == 200);
+    CHECK(exchange(getting("/health?" + std::string(9'000, 'q'))).status == 200);
+    check_wire(exchange(getting("/" + std::string(9'000, 'p'))), 414, "8 KiB");
+}
+
+TEST_CASE("F8: the values of headers are taken as they were sent", "[http]") {
+    const Strings keys_{"p%41ss", "100%", "%zz%25"};
+    Server s({"--api-key", keys_[0], keys_[1], keys_[2]});
+    const auto models = [&](const std::string& key) {
+        return exchange(getting("/v1/models", "Host: x\r\nAuthorization: Bearer " + key + "\r\n"),
+                        s.port)
+            .status;
+    };
+    for (const std::string& key : keys_) CHECK(models(key) == 200);
+    for (const char* other : {"pAss", "p%2541ss", "100%25", "%zz%"}) CHECK(models(other) == 401);
+
+    const Wire named = exchange(posting("HTTP/1.1", two_tokens, "X-Request-Id: a%41b\r\n"));
+    CHECK(named.status == 200);
+    CHECK(named.body.find("cmpl-aAb") == std::string::npos);
+
+    const std::string body = write({{"prompt", "a"}});
+    const auto tokenize = [&](const std::string& headers, const std::string& bytes) {
+        return exchange("POST /tokenize HTTP/1.1\r\nHost: x\r\n" + headers + "\r\n" + bytes);
+    };
+    const std::string type = "Content-Type: application/json\r\n";
+    REQUIRE(body.size() == 14);
+    CHECK(tokenize(type + "Content-Length: 14\r\n", body).status == 200);
+    check_wire(tokenize(type + "Content-Length: %31%34\r\n", body), 400, "%31%34");
+    check_wire(tokenize(type + "Content-Length: 1%34\r\n", body), 400, "1%34");
+    check_wire(
+        tokenize(type + "Transfer-Encoding: chun%6bed\r\n", "e\r\n" + body + "\r\n0\r\n\r\n"), 400,
+        "Transfer-Encoding");
+    check_wire(tokenize("Content-Type: application%2Fjson\r\nContent-Length: 14\r\n", body), 400,
+               "Unsupported Media Type");
+    check_wire(tokenize(type + "Content-Encoding: identit%79\r\nContent-Length: 14\r\n", body), 415,
+               "identity");
+    // The request line is decoded, as every server does.
+    CHECK(exchange(getting("/h%65alth")).status == 200);
+}
+
+TEST_CASE("F9: no error of accept closes the port", "[http]") {
+    gemma::HttpServer within(
+        "127.0.0.1", 0, {{"GET", "/ping", [](const auto&) { return gemma::HttpReply(); }}}, {});
+    for (const int error :
+         {ECONNABORTED, EPROTO, ENETDOWN, ENOPROTOOPT, EHOSTDOWN, ENONET, EHOSTUNREACH, EOPNOTSUPP,
+          ENETUNREACH, ENFILE, EMFILE, ENOBUFS, ENOMEM, EPERM, EINTR, EAGAIN, ETIMEDOUT}) {
+        INFO(std::strerror(error));
+        accept_error = error;  // given behind the connection that accept4 waits for now
+        CHECK(get("/ping", within.port).status == 200);
+        REQUIRE(eventually([] { return accept_error == 0; }));
+        CHECK(get("/ping", within.port).status == 200);
+    }
+    CHECK(within.stop());
+    CHECK(get("/ping", within.port).status == 0);
+}
+
+TEST_CASE("F14: a target may be a whole URL, as a proxy's client sends it", "[http]") {
+    for (const char* target : {"http://127.0.0.1:8080/health", "HTTP://anything/health?x=1",
+                               "https://user@[::1]/health", "/health?a=?&b=%zz", "/health#x"}) {
+        INFO(target);
+        CHECK(exchange(getting(target)).status == 200);
+    }
+    check_wire(exchange(getting("http://x")), 404, "GET / is not served");
+    check_wire(exchange(getting("http://x?/health")), 404, "GET / is not served");
+    check_wire(exchange(getting("ftp://x/health")), 404, "is not served");
+    Server s({"--api-key", "key"});
+    const std::string models = "http://x/v1/models",
+                      key = "Host: x\r\nAuthorization: Bearer key\r\n";
+    check_wire(exchange(getting(models), s.port), 401, "Unauthorized");
+    CHECK(exchange(getting(models, key), s.port).status == 200);
+}
+
+TEST_CASE("D5: Date on every answer, and what proxies must know of streams", "[http]") {
+    const std::string stream = posting("HTTP/1.1", with(two_tokens, {{"stream", true}}));
+    const std::string whole = posting("HTTP/1.1", two_tokens);
+    for (const std::string& bytes :
+         {getting("/health"), getting("/nothing"), stream, whole, std::string("nonsense\r\n"),
+          std::string("BREW / HTTP/1.1\r\nHost: x\r\n\r\n"),
+          std::string("HEAD /version HTTP/1.1\r\nHost: x\r\n\r\n"),
+          getting("/health", "Host: x\r\nRange: bytes=0-1\r\n")}) {
+        const Wire answer = exchange(bytes);
+        INFO(bytes << answer.head);
+        std::tm when{};
+        const std::string date = answer.header("Date");
+        const char* const end = strptime(date.c_str(), "%a, %d %b %Y %H:%M:%S GMT", &when);
+        REQUIRE(end);
+        CHECK(*end == '\0');
+        CHECK(std::abs(double(timegm(&when) - std::time(nullptr))) < 3600);
+        CHECK(answer.header("Accept-Ranges") == "");
+        CHECK(answer.header("Cache-Control") == (bytes == stream ? "no-cache" : ""));
+        CHECK(answer.header("X-Accel-Buffering") == (bytes == stream ? "no" : ""));
+    }
+}
+
+TEST_CASE("D5: exactly one Host on HTTP/1.1", "[http]") {
+    check_wire(exchange(getting("/health", "")), 400, "one Host header, got 0");
+    check_wire(exchange(getting("/health", "Host: x\r\nhost: y\r\n")), 400, "got 2");
+    check_wire(exchange(getting("/health", "Host: x\r\nHost: y\r\n", "HTTP/1.0")), 400, "got 2");
+    CHECK(exchange(getting("/health", "", "HTTP/1.0")).status == 200);
+    CHECK(exchange(getting("/health", "Host:\r\n")).status == 200);
+    const Wire head = exchange("HEAD /health HTTP/1.1\r\n\r\n");
+    CHECK(head.status == 400);
+    CHECK(head.body == "");
+}
+
+TEST_CASE("D6: no event has an end of line of Unicode's", "[http]") {
+    const std::string ends =
+        "a\xc2\x85"
+        "b\xe2\x80\xa8"
+        "c\xe2\x80\xa9";
+    const json asked{{"prompt", ends}, {"echo", true}, {"max_tokens", 1}};
+    const Stream s = stream(completions, asked);
+    REQUIRE(s.done);
+    for (const char* raw : {"\xc2\x85", "\xe2\x80\xa8", "\xe2\x80\xa9"})
+        CHECK(s.reply.body.find(raw) == std::string::npos);
+    CHECK(s.reply.body.find(R"(a\u0085b\u2028c\u2029)") != std::string::npos);
+    CHECK(merged(s, 1)[0]["text"].get<std::string>().starts_with(ends));
+}
+
+TEST_CASE("D12: a CRLF before the request is skipped, and HTTP/1.2 is served as 1.1", "[http]") {
+    CHECK(exchange("\r\n" + getting("/health")).status == 200);
+    CHECK(exchange("\r\n\r\n\r\n" + getting("/health")).status == 200);
+    const Wire streamed = exchange(posting("HTTP/1.2", with(two_tokens, {{"stream", true}})));
+    CHECK(streamed.status == 200);
+    CHECK(streamed.header("Transfer-Encoding") == "chunked");
+    for (const char* version : {"HTTP/2.0", "HTTP/0.9", "HTTP/1.", "HTTP/1.10", "http/1.1"})
+        check_wire(exchange(getting("/health", "Host: x\r\n", version)), 400, version);
+}
+
+TEST_CASE("a head that is no HTTP is refused at once, and says why", "[http]") {
+    using namespace std::string_literals;
+    const std::pair<std::string, const char*> table[]{
+        {"GET /health HTTP/1.1\n", "CRLF"},  // needs no end of the head
+        {"GET /health HTTP/1.1\r\nHost: x\n", "CRLF"},
+        {"GET /health HTTP/1.1\r\nHost: x\rX: y\r\n", "CRLF"},
+        {"GET /health HTTP/1.1\r\nHost: x\0y\r\n"s, "control"},
+        {"\x16\x03\x01\x02"s, "control"},  // TLS
+        {"GET /health HTTP/1.1\r\nHost : x\r\n", "no space before :"},
+        {"GET /health HTTP/1.1\r\nHost: x\r\n folded\r\n", "NAME: VALUE"},
+        {"GET /health HTTP/1.1\r\n: x\r\n", "NAME: VALUE"},
+        {"GET  /health HTTP/1.1\r\n", "METHOD TARGET HTTP/1.1"},
+        {"GET /health\r\n", "METHOD TARGET HTTP/1.1"},
+    };
+    for (const auto& [bytes, words] : table) {
+        INFO(bytes);
+        check_wire(exchange(bytes), 400, words);
+    }
+}
+
+// [8] Crowds --------------------------------------------------------------------------------------
 
 namespace {
 
@@ -752,7 +1030,7 @@ TEST_CASE("a client that leaves frees its place", "[http]") {
     {
         Raw whole(narrow.port);
         whole.write(raw_post(completions, endless));
-        CHECK(whole.read_until("\r\n\r\n").find("200 OK") != std::string::npos);
+        CHECK(answering(1, narrow.port));
     }
     endless["stream"] = true;
     int events = 0;
@@ -764,7 +1042,7 @@ TEST_CASE("a client that leaves frees its place", "[http]") {
     CHECK(get("/health", narrow.port).status == 200);
 }
 
-// [8] Lifecycle -----------------------------------------------------------------------------------
+// [9] Lifecycle -----------------------------------------------------------------------------------
 
 TEST_CASE("flags that end the program say why", "[http]") {
     // Each row: the flags after the model, a variable, the exit status, words of the message.
@@ -991,7 +1269,7 @@ TEST_CASE("SIGTERM: new work is refused, old work is cut after 8 s", "[http]") {
         with(base(completions), {{"max_tokens", 30'000}, {"n", 16}, {"ignore_eos", true}});
     Raw whole(s.port);
     whole.write(raw_post(completions, endless));
-    REQUIRE(whole.read_until("\r\n\r\n").find("200 OK") != std::string::npos);
+    REQUIRE(answering(1, s.port));
     Reply refused, health;
     const Reply reply = send(s.port, "POST", completions, write(with(endless, {{"stream", true}})),
                              {{"Content-Type", "application/json"}}, [&](std::string_view) {
@@ -1011,14 +1289,13 @@ TEST_CASE("SIGTERM: new work is refused, old work is cut after 8 s", "[http]") {
         CHECK(c["finish"] == "abort");
         CHECK(c["text"] != "");
     }
-    const std::string& body = whole.read_until("\r\n0\r\n\r\n");
-    const size_t start = body.find('{'), end = body.rfind('}');
-    REQUIRE(end != std::string::npos);
-    std::string joined;  // the answer, with the lines between its chunks
-    for (size_t at = start; at <= end; at++) joined += body[at];
-    CHECK(joined.find(R"("finish_reason":"abort")") != std::string::npos);
-    CHECK(joined.find(R"("usage":)") != std::string::npos);
-    CHECK(joined.find(R"("text":"")") == std::string::npos);
+    const Wire cut = split(whole.read_until(never));
+    CHECK(cut.status == 200);
+    CHECK(cut.header("Content-Length") == std::to_string(cut.body.size()));
+    for (const json& c : comparable(json::parse(cut.body))) {
+        CHECK(c["finish"] == "abort");
+        CHECK(c["text"] != "");
+    }
     CHECK(s.exit_status() == 0);
 }
 
@@ -1028,7 +1305,7 @@ TEST_CASE("SIGTERM is not held up by a step whose client has left", "[http]") {
         const json long_step{{"prompt", std::vector<Ids>(30, Ids(8'000, 300))}, {"max_tokens", 2}};
         Raw raw(s.port);
         raw.write(raw_post(completions, long_step));
-        REQUIRE(raw.read_until("\r\n\r\n").find("200 OK") != std::string::npos);
+        REQUIRE(answering(1, s.port));
     }
     const auto start = Clock::now();
     s.terminate();
