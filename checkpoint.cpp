@@ -7,11 +7,11 @@
 // that object. Weights stay in their mapped files, or are converted to bf16. No file is trusted: a
 // model that is not Gemma 3, is incomplete or contradicts its config is rejected in one line, and
 // memory is allocated only for bytes that a file really has.
+#include "file.h"
 #include "gemma.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,75 +25,13 @@
 #include <map>
 #include <set>
 
-#include <nlohmann/json.hpp>
-
 namespace gemma {
 
-using json = nlohmann::json;
 namespace fs = std::filesystem;
 
-// [1] Files and JSON ------------------------------------------------------------------------------
+// [1] Configuration -------------------------------------------------------------------------------
 
 namespace {
-
-[[noreturn]] void reject(const std::string& where, const std::string& found,
-                         const std::string& expected) {
-    throw Error(where + ": found " + found + ", expected " + expected);
-}
-
-// A value for an error message: ASCII, one line, at most 160 characters.
-std::string brief(const json& value) {
-    const std::string s = value.dump(-1, ' ', true, json::error_handler_t::replace);
-    return s.size() <= 160 ? s : s.substr(0, 157) + "...";
-}
-
-bool is_there(const std::string& path) { return access(path.c_str(), F_OK) == 0; }
-
-// A regular file, mapped read-only.
-struct File {
-    std::string path;
-    std::string_view bytes;
-
-    explicit File(const std::string& name) : path(name) {
-        const int fd = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // a FIFO: no waiting
-        if (fd < 0) reject(path, std::strerror(errno), "a readable file");
-        struct stat s = {};
-        const bool regular = fstat(fd, &s) == 0 && S_ISREG(s.st_mode);
-        const size_t size = regular ? s.st_size : 0;
-        void* const data = mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);  // fails for size 0
-        close(fd);
-        if (!regular) reject(path, "no regular file", "one");
-        if (data == MAP_FAILED) reject(path, text("%zu bytes", size), "a file that can be mapped");
-        bytes = {static_cast<const char*>(data), size};
-    }
-    File(const File&) = delete;
-    ~File() { munmap(const_cast<char*>(bytes.data()), bytes.size()); }
-};
-
-// Rejects a repeated key, of which the library would keep the last value, and JSON so deep or long
-// that a small file could take much memory (a 27B's header has 22,000 events).
-json parse(const std::string& path, std::string_view bytes) {
-    std::vector<std::set<std::string>> keys;  // one set for each object that is still open
-    int events = 0;
-    const auto check_event = [&](int depth, json::parse_event_t event, json& value) {
-        if (event == json::parse_event_t::object_start) keys.emplace_back();
-        if (event == json::parse_event_t::object_end) keys.pop_back();
-        if (event == json::parse_event_t::key && !keys.back().insert(value).second)
-            reject(path, "the key " + brief(value) + " twice", "each key once");
-        if (depth > 8 || ++events > 1 << 18) reject(path, "JSON too deep or too long", "less");
-        return true;
-    };
-    try {
-        const json parsed = json::parse(bytes, check_event);
-        if (!parsed.is_object()) reject(path, brief(parsed), "a JSON object");
-        return parsed;
-    } catch (const json::exception& e) {
-        const std::string what = e.what();  // "[json.exception.NAME] parse error at line 1, ..."
-        reject(path, brief(what.substr(what.find("] ") + 2)), "a JSON object");
-    }
-}
-
-// [2] Configuration -------------------------------------------------------------------------------
 
 // A JSON value of a file. Its methods check what they return.
 struct JsonValue {
@@ -127,7 +65,7 @@ struct JsonValue {
 
 JsonValue read_object(const std::string& path) {
     json fields;
-    fields.merge_patch(parse(path, File(path).bytes));  // drops nulls: null means missing
+    fields.merge_patch(parse_json(path, File(path).bytes));  // drops nulls: null means missing
     return {path, fields};
 }
 
@@ -253,7 +191,7 @@ Config read_config(const std::string& directory) {
     return c;
 }
 
-// [3] Safetensors: 8 bytes with the length of the header, the header (JSON), the data -------------
+// [2] Safetensors: 8 bytes with the length of the header, the header (JSON), the data -------------
 
 namespace {
 
@@ -296,7 +234,7 @@ std::vector<Tensor> read_header(const File& file) {
         reject(file.path, text("a header of %ju bytes", uintmax_t{length}),
                text("one in {}, at most 100000000, within the file's %zu bytes", size));
     const std::string_view data = file.bytes.substr(8 + length);
-    const JsonValue header{file.path, parse(file.path, file.bytes.substr(8, length))};
+    const JsonValue header{file.path, parse_json(file.path, file.bytes.substr(8, length))};
     const JsonValue metadata = header.object("__metadata__");
     for (const json& value : metadata.value)
         if (!value.is_string()) reject(file.path + ": __metadata__", brief(value), "a string");
@@ -334,7 +272,7 @@ std::set<std::string> weight_files(const std::string& directory) {
     return paths;
 }
 
-// [4] Weights -------------------------------------------------------------------------------------
+// [3] Weights -------------------------------------------------------------------------------------
 
 // Reads a whole file into the page cache, and logs its progress once a second.
 void page_in(const File& file) {
@@ -474,7 +412,7 @@ Checkpoint::Checkpoint(const std::string& directory)
     files->load();
 }
 
-// [5] The Hugging Face cache ----------------------------------------------------------------------
+// [4] The Hugging Face cache ----------------------------------------------------------------------
 
 namespace {
 
