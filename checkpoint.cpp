@@ -257,12 +257,33 @@ std::vector<Tensor> read_header(const File& file) {
     return tensors;
 }
 
-// The paths of a directory's weight files: model.safetensors, or the files that its index lists.
+// The paths of model-00001-of-N.safetensors to model-N-of-N.safetensors, which say without an index
+// that they are all; none where no such file is.
+std::set<std::string> numbered_files(const std::string& directory) {
+    std::set<std::string> paths;
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator(directory, ignored)) {
+        const std::string name = entry.path().filename();
+        int part = 0, of = 0;
+        std::sscanf(name.c_str(), "model-%5d-of-%5d", &part, &of);
+        const auto name_of = [&](int i) { return text("model-%05d-of-%05d.safetensors", i, of); };
+        if (name != name_of(part)) continue;
+        for (int i = 1; i <= of; i++) paths.insert(directory + "/" + name_of(i));
+    }
+    for (const std::string& path : paths)
+        if (!is_there(path)) reject(path, "no such file", "the whole set that others belong to");
+    return paths;
+}
+
+// The paths of a directory's weight files: model.safetensors, or the files that its index lists, or
+// a numbered set.
 std::set<std::string> weight_files(const std::string& directory) {
     const std::string single = directory + "/model.safetensors", index = single + ".index.json";
     if (is_there(single)) return {single};
-    if (!is_there(index)) reject(directory, "no weights", "model.safetensors or its .index.json");
     std::set<std::string> paths;
+    if (!is_there(index)) paths = numbered_files(directory);
+    if (!paths.empty()) return paths;
+    if (!is_there(index)) reject(directory, "no weights", "model.safetensors or its .index.json");
     const JsonValue weight_map = read_object(index).object("weight_map");
     for (const json& name : weight_map.value) {
         if (!name.is_string() || name.get<std::string>().find('/') != std::string::npos)
