@@ -157,7 +157,7 @@ Config read_config(const std::string& directory) {
     c.V = f.field("vocab_size", 262208).number(16, 1 << 19);
     c.W = f.field("sliding_window", 4096).number(1, 1 << 24);
     c.max_positions = f.field("max_position_embeddings", 131072).number(1, 1 << 20);
-    c.vocab = std::min(c.V, 262144);  // the embedding rows behind it are for images
+    c.vocab = std::min(c.V, 262144);  // Gemma's; main puts the tokenizer's size in its place
     c.eps = f.field("rms_norm_eps", 1e-6f).number(0.f, 1.f);
     c.scale = 1 / std::sqrt(f.field("query_pre_attn_scalar", 256.f).number(1.f, 65536.f));
     c.embed_scale = std::bit_cast<float>(to_bf16(std::sqrt(0.f + c.D)).bits * 65536u);
@@ -167,7 +167,6 @@ Config read_config(const std::string& directory) {
     c.rope_divisor[global_pool] = f.field("rope_factor", 1.f).number(1.f, 65536.f);
     f.require_multiple("hidden_size", c.D, 32);
     f.require_multiple("intermediate_size", c.F, 32);
-    f.require_multiple("vocab_size", c.V, 16);
     f.require_multiple("num_attention_heads", c.H, c.G);
     if (c.H / c.G > 16)  // the query heads of one KV head share the 16 rows of an mma
         reject(f.where + ": num_attention_heads", text("%d", c.H), text("at most %d", 16 * c.G));
@@ -347,8 +346,10 @@ struct Checkpoint::Files {
         if (!is_new) reject(t.where, "it again", "it only once, as in " + first->second.where);
     }
 
-    // Moves a tensor out of `unused`. If the result is a converted copy, load() fills it.
-    const bf16* take(const std::string& directory, const std::string& tensor, const json& shape) {
+    // Moves a tensor out of `unused`. If the result is a converted copy, load() fills it. If it is
+    // to have more elements than the tensor has, it is a copy with zeros at the end.
+    const bf16* take(const std::string& directory, const std::string& tensor, const json& shape,
+                     size_t elements = 0) {
         const std::string name = tensor + ".weight";
         const auto node = unused.extract(name);
         const std::string file = mapped.size() == 1 ? mapped.front().path : directory;
@@ -358,11 +359,15 @@ struct Checkpoint::Files {
         if (t.dtype != "BF16" && t.dtype != "F16" && t.dtype != "F32")
             reject(t.where, "dtype " + t.dtype, "BF16, F16 or F32");
         const size_t n = t.data.size() / (t.dtype == "F32" ? 4 : 2);
-        bytes_of_bf16 += n * sizeof(bf16);
-        if (t.dtype == "BF16" && reinterpret_cast<uintptr_t>(t.data.data()) % 2 == 0)
+        elements = std::max(elements, n);
+        bytes_of_bf16 += elements * sizeof(bf16);
+        const bool aligned = reinterpret_cast<uintptr_t>(t.data.data()) % 2 == 0;
+        if (t.dtype == "BF16" && aligned && elements == n)
             return reinterpret_cast<const bf16*>(t.data.data());
         bytes_to_convert += t.data.size();
-        return converted.emplace_back(t, std::make_unique_for_overwrite<bf16[]>(n)).second.get();
+        auto copy = std::make_unique_for_overwrite<bf16[]>(elements);
+        std::fill(&copy[n], &copy[elements], bf16{0});
+        return converted.emplace_back(t, std::move(copy)).second.get();
     }
 
     void load() {
@@ -372,7 +377,7 @@ struct Checkpoint::Files {
                 convert<float>(t.data, to.get(), to_bf16);
             else if (t.dtype == "F16")
                 convert<uint16_t>(t.data, to.get(), half_to_bf16);
-            else  // BF16, unaligned
+            else  // BF16, unaligned or with zeros at its end
                 std::memcpy(to.get(), t.data.data(), t.data.size());
         }
     }
@@ -409,7 +414,8 @@ Checkpoint::Checkpoint(const std::string& directory)
         {"mlp.down_proj", {D, F}, &Layer::down},
     };
     const size_t count = files->unused.size();
-    weights.embed = files->take(directory, "embed_tokens", {config.V, D});
+    const size_t embedded = size_t(config.rows()) * D;
+    weights.embed = files->take(directory, "embed_tokens", {config.V, D}, embedded);
     weights.norm = files->take(directory, "norm", {D});
     weights.layers.resize(config.L);
     for (size_t i = 0; i < weights.layers.size(); i++) {
@@ -428,7 +434,8 @@ Checkpoint::Checkpoint(const std::string& directory)
                  files->bytes_skipped / 1e9));
     if (files->bytes_to_convert)
         say_step(
-            text("  to be converted to bf16: %zu tensors, %.2f GB of F32, F16 or unaligned BF16",
+            text("  to be copied as bf16: %zu tensors, %.2f GB of F32, F16, or BF16 that is "
+                 "unaligned or has no multiple of 16 rows",
                  files->converted.size(), files->bytes_to_convert / 1e9));
     files->load();
 }

@@ -209,12 +209,13 @@ void CudaModel::lm_head(const StepShape& shape) {
                      c.D,
                      c.eps};
         norm(stream, count, a);
-        linear(stream, "lm_head", Store::parts_fp32, logits.data, x.data, w.embed, count, c.D, c.V);
+        linear(stream, "lm_head", Store::parts_fp32, logits.data, x.data, w.embed, count, c.D,
+               c.rows());
         sample(stream,
                // The adjustments are an input in which sample keeps the raw logits.
                {logits.data, best.data, asks + first, allowed,
                 const_cast<DeviceAdjustment*>(adjustments), ids + size_t(first),
-                details + size_t(first), count, c.V, c.vocab},
+                details + size_t(first), count, c.rows(), c.V, c.vocab},
                shape.adjusted, shape.logprobs);
     }
 }
@@ -385,8 +386,8 @@ void CudaModel::each_activation(Each each) {
     each(inv_freq, E);
     each(chunk_out, most_slots * HE);
     each(chunk_sums, most_slots * H);
-    each(logits, most_outputs * size_t(c.V));
-    each(best, most_outputs * size_t(blocks_of(c.vocab)));
+    each(logits, most_outputs * size_t(c.rows()));
+    each(best, most_outputs * size_t(blocks_of(c.V)));
 }
 
 CudaModel::~CudaModel() {

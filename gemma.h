@@ -70,6 +70,7 @@ struct Config {
     float rope_divisor[2];     // inv_freq is divided by it; 8 for the global layers of 4B and up
     std::vector<char> global;  // [L] 1: sees everything, 0: sees the last W tokens
     std::vector<int> eos;      // generation stops on any of these
+    int rows() const { return (V + 15) / 16 * 16; }  // of `embed`: behind V there are only zeros
 };
 
 // What generation_config.json sets, else vLLM's own defaults.
@@ -90,7 +91,7 @@ struct Layer {
 };
 
 struct Weights {
-    const bf16* embed;  // [V, D], also the output matrix
+    const bf16* embed;  // [rows, D], also the output matrix
     const bf16* norm;   // [D]
     std::vector<Layer> layers;
 };

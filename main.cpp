@@ -147,9 +147,10 @@ void load(Loaded& loaded, Options o, Service& service) {
     const Tokenizer& tokenizer = *loaded.tokenizer;
     if (tokenizer.size() > checkpoint.config.V) {
         throw Error(
-            text("%s/tokenizer.model: found %d pieces, expected at most the %d of the weights",
+            text("%s: found a tokenizer of %d pieces, expected at most the %d of the weights",
                  directory.c_str(), tokenizer.size(), checkpoint.config.V));
     }
+    checkpoint.config.vocab = tokenizer.size();
     const auto [limits, max_model_len] = split_memory(checkpoint.config, o, model->kv_memory());
     model->allocate_pages(limits.pages);
     const SamplingDefaults& d = checkpoint.defaults;

@@ -476,7 +476,7 @@ class CpuModel : public Model {
     std::vector<float> gate, up;    // [N, F]
     std::vector<float> cos_sin[2];  // by Pool: [N, E], E/2 cosines, then E/2 sines
     std::vector<float> last;        // [outputs, D]
-    std::vector<float> logits;      // [outputs, V]
+    std::vector<float> logits;      // [outputs, rows]
 };
 
 void CpuModel::resize(int N, int outputs) {
@@ -487,7 +487,7 @@ void CpuModel::resize(int N, int outputs) {
     for (auto* xs : {&gate, &up}) xs->resize(n * c.F);
     for (auto& xs : cos_sin) xs.resize(n * c.E);
     last.resize(o * c.D);
-    logits.resize(o * c.V);
+    logits.resize(o * c.rows());
 }
 
 // Angles are fp32, as in Hugging Face: at position 30,000 the rounding of pos * inv_freq is a
@@ -602,12 +602,12 @@ Results CpuModel::step(const Batch& b) {
                             h.data() + size_t(b.outputs[first + i].token) * c.D, w.norm, c.D,
                             c.eps);
             }
-            linear(logits.data(), last.data(), w.embed, count, c.D, c.V);
+            linear(logits.data(), last.data(), w.embed, count, c.D, c.rows());
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
             for (int i = 0; i < count; i++) {
                 const Output& out = b.outputs[first + i];
-                const float* row = logits.data() + i * c.V;
+                const float* row = logits.data() + i * c.rows();
                 Result& result = results[first + i];
                 result.id =
                     out.target >= 0 ? out.target : sample(adjust(row, c, out), c.vocab, out);

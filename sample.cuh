@@ -51,14 +51,14 @@ struct Details {  // what a Result has beside its id
 };
 
 struct SampleArgs {
-    float* logits;            // [outputs, V]
+    float* logits;            // [outputs, rows]: V, then padding
     uint64_t* best;           // [outputs, ceil(vocab / 256)] the best key of each block of ids
     const Ask* asks;          // [outputs]
     const uint32_t* allowed;  // bitsets, one behind the other
     DeviceAdjustment* adjustments;
     int* ids;          // [outputs], in the host's memory
     Details* details;  // [outputs], likewise
-    int outputs, V, vocab;
+    int outputs, rows, V, vocab;
 };
 
 // [2] Keys and weights ----------------------------------------------------------------------------
@@ -144,7 +144,7 @@ struct Ids {
 
 __device__ inline Ids ids_of(const SampleArgs& a, int o) {
     const int set = a.asks[o].allowed;
-    return {a.logits + size_t(o) * a.V, set < 0 ? nullptr : a.allowed + set,
+    return {a.logits + size_t(o) * a.rows, set < 0 ? nullptr : a.allowed + set,
             a.best + size_t(o) * blocks_of(a.vocab), a.vocab};
 }
 
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(128) adjust_kernel(SampleArgs a, bool back) {
     for (int i = int(threadIdx.x); i < ask.adjustments; i += 128) {
         DeviceAdjustment& own = a.adjustments[ask.first_adjustment + i];
         const Adjustment& made = own.made;
-        float& logit = a.logits[size_t(blockIdx.x) * a.V + made.id];
+        float& logit = a.logits[size_t(blockIdx.x) * a.rows + made.id];
         if (!back) {
             own.raw = logit;
             const float z = logit + made.bias;
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(1024) log_softmax_kernel(SampleArgs a) {
     const Ask r = a.asks[blockIdx.x];
     grid_dependency_wait();
     if (r.target < 0 && r.logprobs < 0) return;
-    const Ids ids{a.logits + size_t(blockIdx.x) * a.V, nullptr, nullptr, a.V};
+    const Ids ids{a.logits + size_t(blockIdx.x) * a.rows, nullptr, nullptr, a.V};
     uint64_t own = none, total = 0, ahead = 0;
     ids.each(0, none, [&](uint64_t key) { own = Smaller()(own, key); });
     const float top = logit_of(s.smallest(own));

@@ -103,7 +103,7 @@ struct DeviceWeights {
     std::vector<DeviceMatrix> matrices(const Config& c, const Weights& w) {
         const auto D = size_t(c.D), E = size_t(c.E), F = size_t(c.F);
         layers.resize(size_t(c.L));
-        std::vector<DeviceMatrix> all{{&embed, {{w.embed, size_t(c.V)}}, D},
+        std::vector<DeviceMatrix> all{{&embed, {{w.embed, size_t(c.rows())}}, D},
                                       {&norm, {{w.norm, 1}}, D}};
         for (size_t i = 0; i < layers.size(); i++) {
             const Layer& l = w.layers[i];

@@ -725,6 +725,82 @@ TEST_CASE("greedy sees adjustments and the allowed ids, and takes the lowest of 
     }
 }
 
+namespace {
+
+// The 1b golden without the last ids of its vocabulary.
+std::filesystem::path cut_vocabulary(int V) {
+    const auto from = golden / "1b";
+    std::string name = (std::filesystem::temp_directory_path() / "gemma-cut-XXXXXX").string();
+    if (!mkdtemp(name.data())) throw std::runtime_error("no temporary directory");
+    json config = json::parse(read_file(from / "config.json"));
+    config["vocab_size"] = V;
+    const std::string file = read_file(from / "model.safetensors");
+    uint64_t length;
+    std::memcpy(&length, file.data(), 8);
+    json header = json::parse(file.substr(8, length));
+    std::string data;
+    for (auto& [tensor, entry] : header.items()) {
+        if (tensor == "__metadata__") continue;
+        const uint64_t begin = entry["data_offsets"][0], end = entry["data_offsets"][1];
+        std::string bytes = file.substr(8 + length + begin, end - begin);
+        if (tensor == "model.embed_tokens.weight") {
+            bytes.resize(bytes.size() / entry["shape"][0].get<size_t>() * size_t(V));
+            entry["shape"][0] = V;
+        }
+        entry["data_offsets"] = {data.size(), data.size() + bytes.size()};
+        data += bytes;
+    }
+    std::string head = header.dump();
+    head.resize((head.size() + 7) / 8 * 8, ' ');
+    length = head.size();
+    std::ofstream(name + "/config.json") << config;
+    std::ofstream(name + "/model.safetensors", std::ios::binary)
+        << std::string(reinterpret_cast<const char*>(&length), 8) << head << data;
+    return name;
+}
+
+}  // namespace
+
+TEST_CASE("D8: rows that pad an embedding are never sampled and count nowhere") {
+    constexpr int V = 509;
+    const auto directory = cut_vocabulary(V);
+    for (const Device device : devices()) {
+        INFO(name_of(device));
+        Engine whole(golden / "1b", device), cut(directory, device);
+        REQUIRE(cut.checkpoint.config.V == V);
+        REQUIRE(cut.checkpoint.config.vocab == V);
+        REQUIRE(cut.checkpoint.config.rows() == 512);
+        // The logits are those of the whole embedding, so a logprob lacks what the other ids had.
+        const Results all = score(whole, drawn_after, {1, 3}),
+                      some = score(cut, drawn_after, {1, 3});
+        for (const size_t at : {0, 1}) {
+            double kept = 0;
+            for (size_t id = 0; id < V; id++) kept += std::exp(double(all[at * 512 + id].logprob));
+            for (size_t id = 0; id < V; id++) {
+                const float was = all[at * 512 + id].logprob;
+                REQUIRE(some[at * V + id].logprob == Approx(was - std::log(kept)).margin(1e-5));
+            }
+        }
+        // All ids get logits so low that a row of zeros would win.
+        std::vector<Adjustment> low;
+        for (int id = 0; id < V; id++) low.push_back({id, 0, 1, 1e30f});
+        for (const float temperature : {0.f, 1.f, 100.f}) {
+            Batch batch = one_row(drawn_after);
+            for (uint64_t seed = 0; seed < 64; seed++) {
+                const Sampling s{.temperature = temperature, .seed = seed, .logprobs = 20};
+                batch.outputs.push_back(
+                    output_of({s, seed % 2 ? low : std::vector<Adjustment>{}}, V));
+            }
+            for (const Result& r : cut.model->step(batch)) {
+                REQUIRE(r.id < V);
+                REQUIRE(r.rank <= V);
+                for (const Result::Top& top : r.top) REQUIRE(top.id < V);
+            }
+        }
+    }
+    std::filesystem::remove_all(directory);
+}
+
 TEST_CASE("logprobs are the raw logits', whatever is sampled") {
     for (const Device device : devices()) {
         INFO(name_of(device));

@@ -974,7 +974,7 @@ Sampled sample_on_device(const std::vector<float>& logits, int V, int vocab,
         auto s = new_stream();
         sample(s,
                {logits_, best, asks_, allowed_, adjustments_, ids.data, details.data, int(count), V,
-                vocab},
+                V, vocab},
                adjusted, logprobs);
         CUDA(cudaDeviceSynchronize());
         sampled.logits = logits_.read(), sampled.results.clear();
@@ -1296,7 +1296,7 @@ TEST_CASE("the launchers' preconditions hold for every size of the family") {
                 if (N > most_outputs) continue;
                 linear(s, "", Store::parts_fp32, nullptr, nullptr, nullptr, N, c.D, c.V);
                 SampleArgs args{};
-                args.outputs = N, args.V = c.V, args.vocab = 262144;
+                args.outputs = N, args.rows = args.V = c.V, args.vocab = 262144;
                 sample(s, args, true, true);
             }
         }
