@@ -116,6 +116,32 @@ SamplingDefaults read_defaults(const std::string& directory) {
     return d;
 }
 
+// Logs a chat template that is not Gemma 3's, since chat() writes Gemma 3's whatever is there.
+// Templates are compared by FNV-1a hashes of their characters without white space.
+void name_other_template(const std::string& directory) {
+    constexpr uint64_t known[] = {0xfde372dce0686f89, 0xd95b0ba72b0cbf9d};  // Gemma 3's, the demo's
+    // In the order in which transformers looks for it.
+    for (const char* name :
+         {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}) {
+        const std::string path = directory + "/" + name;
+        if (!is_there(path)) continue;
+        const File file(path);
+        json found = file.bytes;
+        if (path.ends_with(".json")) {
+            const json fields = parse_json(path, file.bytes);
+            found = fields.value("chat_template", json());
+        }
+        if (found.is_null()) continue;
+        uint64_t hash = 0xcbf29ce484222325;
+        for (const char c : found.is_string() ? found.get<std::string>() : brief(found))
+            if (!std::isspace(uint8_t(c))) hash = (hash ^ uint8_t(c)) * 0x100000001b3;
+        if (std::find(std::begin(known), std::end(known), hash) == std::end(known))
+            say(path + ": a chat template that is not Gemma 3's has no effect: chat uses Gemma 3's",
+                Severity::warning);
+        return;
+    }
+}
+
 // Rounds to nearest, ties to even. Setting 0x40 keeps a NaN from becoming an infinity.
 bf16 to_bf16(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
@@ -437,6 +463,7 @@ Checkpoint::Checkpoint(const std::string& directory)
             text("  to be copied as bf16: %zu tensors, %.2f GB of F32, F16, or BF16 that is "
                  "unaligned or has no multiple of 16 rows",
                  files->converted.size(), files->bytes_to_convert / 1e9));
+    name_other_template(directory);
     files->load();
 }
 
