@@ -10,7 +10,7 @@
 #include "file.h"
 #include "gemma.h"
 
-#include <fcntl.h>
+#include <pwd.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -471,20 +471,26 @@ Checkpoint::Checkpoint(const std::string& directory)
 
 namespace {
 
-// As in huggingface_hub, the first of these variables that is set and not empty decides.
+// As Python's expanduser: a leading ~ is the home directory.
+fs::path expand_home(const std::string& path) {
+    if (path != "~" && !path.starts_with("~/")) return path;
+    const char* home = std::getenv("HOME");
+    const passwd* const user = home ? nullptr : getpwuid(getuid());
+    if (user) home = user->pw_dir;
+    return home ? home + path.substr(1) : path;
+}
+
+// As in huggingface_hub, except that a variable that is empty counts as not set: the first of these
+// decides.
 fs::path hub_cache() {
     for (const auto& [name, subdirectory] : {std::pair("HF_HUB_CACHE", ""),
                                              {"HUGGINGFACE_HUB_CACHE", ""},
                                              {"HF_HOME", "hub"},
-                                             {"XDG_CACHE_HOME", "huggingface/hub"},
-                                             {"HOME", ".cache/huggingface/hub"}}) {
+                                             {"XDG_CACHE_HOME", "huggingface/hub"}}) {
         const char* const value = std::getenv(name);
-        if (!value || !*value) continue;
-        const char* const home = std::getenv("HOME");
-        const bool tilde = home && std::string_view(value).starts_with("~/");
-        return (tilde ? fs::path(home) / (value + 2) : fs::path(value)) / subdirectory;
+        if (value && *value) return expand_home(value) / subdirectory;
     }
-    return ".cache/huggingface/hub";
+    return expand_home("~/.cache/huggingface/hub");
 }
 
 // Could this be a model's name on the hub, ORGANISATION/NAME?

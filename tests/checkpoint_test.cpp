@@ -419,7 +419,6 @@ TEST_CASE("a config that cannot be served is refused in one line") {
         {R"({"head_dim": 96})", {"head_dim", "96", "64", "128", "256"}},
         {R"({"hidden_size": 80})", {"hidden_size", "80", "multiple of 32"}},
         {R"({"intermediate_size": 100})", {"intermediate_size", "100", "multiple of 32"}},
-        {R"({"vocab_size": 1001})", {"vocab_size", "1001", "multiple of 16"}},
         {R"({"num_attention_heads": 17})", {"num_attention_heads", "17", "at most 16"}},
         {R"({"num_attention_heads": 3, "num_key_value_heads": 2})",
          {"num_attention_heads", "3", "multiple of 2"}},
@@ -575,6 +574,74 @@ TEST_CASE("shards") {
         dir.write("model.safetensors.index.json", "{}");
         check_message(error_of(dir), {"embed_tokens.weight", "no such tensor"});
     }
+}
+
+TEST_CASE("D8: a numbered set of weight files needs no index") {
+    const Directory dir;
+    const Entries all = tiny_tensors();
+    dir.write("config.json", tiny_config().dump());
+    dir.write("adapter_model.safetensors", "not of the set");
+    dir.write("model-1-of-1.safetensors", "not of the set");
+    check_message(error_of(dir), {dir.string(), "no weights"});
+    SECTION("one file") {
+        dir.write("model-00001-of-00001.safetensors", safetensors(all));
+        check_weights(Checkpoint(dir.string()), all, "model.");
+    }
+    SECTION("two files") {
+        Entries half[2];
+        size_t i = 0;
+        for (const auto& [name, entry] : all) half[i++ % 2][name] = entry;
+        dir.write("model-00002-of-00002.safetensors", safetensors(half[1]));
+        check_message(error_of(dir), {"/model-00001-of-00002.safetensors", "no such file", "set"});
+        dir.write("model-00001-of-00002.safetensors", safetensors(half[0]));
+        check_weights(Checkpoint(dir.string()), all, "model.");
+    }
+    SECTION("beside an index, which decides") {
+        dir.write("model-00001-of-00001.safetensors", "not named by the index");
+        dir.write("model.safetensors.index.json", R"({"weight_map": {"a": "b.safetensors"}})");
+        dir.write("b.safetensors", safetensors(all));
+        check_weights(Checkpoint(dir.string()), all, "model.");
+    }
+}
+
+TEST_CASE("D8: an embedding that is no multiple of 16 rows gets rows of zeros") {
+    for (const char* dtype : {"BF16", "F32"}) {
+        const Directory dir;
+        json config = tiny_config();
+        Entries all = tiny_tensors();
+        const int rows = V + 1;
+        Entry& embed = all["model.embed_tokens.weight"] = random_entry({rows, D}, 1);
+        const std::string bits = embed.data;
+        if (embed.dtype = dtype; embed.dtype == "F32") {  // the same values, with 16 zero bits more
+            embed.data.clear();
+            for (size_t i = 0; i < bits.size(); i += 2)
+                embed.data += std::string(2, '\0') + bits.substr(i, 2);
+        }
+        config["vocab_size"] = rows;
+        write_tiny(dir, config, all);
+        const Checkpoint c(dir.string());
+        CAPTURE(dtype);
+        CHECK(c.config.V == rows);
+        CHECK(c.config.vocab == rows);
+        CHECK(c.config.rows() == V + 16);
+        if (embed.dtype == "BF16")
+            CHECK(std::memcmp(c.weights.embed, bits.data(), bits.size()) == 0);
+        for (size_t i = 0; i < rows * D; i++) {
+            uint16_t value;
+            std::memcpy(&value, bits.data() + 2 * i, 2);
+            const bool nan =
+                (value & 0x7fff) > 0x7f80;  // which becomes quiet, where it is converted
+            if (c.weights.embed[i].bits != value && !nan) FAIL("element " << i);
+        }
+        for (size_t i = rows * D; i < (V + 16) * D; i++)
+            if (c.weights.embed[i].bits != 0) FAIL("element " << i << " is not zero");
+    }
+    json config = tiny_config();
+    config["vocab_size"] = 262145;
+    CHECK(config_of(config).V == 262145);
+    CHECK(config_of(config).rows() == 262160);
+    CHECK(config_of(config).vocab == 262144);  // the tokenizer may say more
+    CHECK(config_of(flat_config(1152, 6912, 26)).rows() == 262144);
 }
 
 TEST_CASE("F32 and F16 become bf16, to nearest and ties to even") {
@@ -739,6 +806,49 @@ TEST_CASE("weights that are missing or not a regular file") {
     check_message(error_of(dir), {file.string(), "regular file"});
 }
 
+TEST_CASE("D12: a Git LFS pointer is named as one") {
+    const std::string pointer =
+        "version https://git-lfs.github.com/spec/v1\n"
+        "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n";
+    for (const char* name : {"config.json", "generation_config.json", "model.safetensors"}) {
+        const Directory dir;
+        write_tiny(dir, tiny_config(), tiny_tensors());
+        dir.write(name, pointer);
+        check_message(error_of(dir), {dir.string() + "/" + name + ": found a Git LFS pointer",
+                                      "expected ", "git lfs pull"});
+    }
+}
+
+TEST_CASE("F7: nothing may follow the JSON of a file, also not behind a NUL byte") {
+    Entries all = tiny_tensors();
+    const std::string weights = safetensors(all);
+    for (const std::string& end : {std::string("\0garbage", 8), std::string(1, '\0'),
+                                   std::string("x"), std::string("{}"), std::string("\n\0\n", 3)}) {
+        const Directory dir;
+        const auto refused = [&](const char* name, const std::string& bytes) {
+            const fs::path file = dir.path / name;
+            const std::string before = fs::exists(file) ? read_file(file) : "";
+            dir.write(name, bytes);
+            CAPTURE(name, end);
+            check_message(error_of(dir), {file.string() + ": found ", "a JSON object"});
+            if (end.find('\0') != end.npos) check_message(error_of(dir), {"a NUL byte at "});
+            fs::remove(file);
+            if (!before.empty()) dir.write(name, before);
+            CHECK(error_of(dir) == "");
+        };
+        write_tiny(dir, tiny_config(), all);
+        refused("config.json", tiny_config().dump() + end);
+        refused("generation_config.json", "{}" + end);
+        refused("tokenizer_config.json", "{}" + end);
+        refused("chat_template.json", "{}" + end);
+        refused("model.safetensors", safetensors(all, end));
+        fs::rename(dir.path / "model.safetensors", dir.path / "a.safetensors");
+        const std::string index = R"({"weight_map": {"x": "a.safetensors"}})";
+        dir.write("model.safetensors.index.json", index);
+        refused("model.safetensors.index.json", index + end);
+    }
+}
+
 TEST_CASE("a truncated file is always refused") {
     const Directory dir;
     write_tiny(dir, tiny_config(), tiny_tensors());
@@ -793,7 +903,66 @@ TEST_CASE("no flipped byte of a header crashes or takes memory") {
     CHECK(error_of(dir) == "");
 }
 
-// [4] The cache -----------------------------------------------------------------------------------
+// [4] The chat template ---------------------------------------------------------------------------
+
+namespace {
+
+// What the log says while a checkpoint is loaded.
+std::string log_of(const Directory& dir) {
+    std::fflush(stderr);
+    std::FILE* const log = std::tmpfile();
+    const int before = dup(2);
+    dup2(fileno(log), 2);
+    const std::string error = error_of(dir);
+    std::fflush(stderr);
+    dup2(before, 2);
+    close(before);
+    std::rewind(log);
+    std::string said;
+    for (int c; (c = std::fgetc(log)) != EOF;) said += char(c);
+    std::fclose(log);
+    CHECK(error == "");
+    return said;
+}
+
+}  // namespace
+
+TEST_CASE("D9: a chat template that is not Gemma 3's is named once") {
+    const Directory dir;
+    write_tiny(dir, tiny_config(), tiny_tensors());
+    const auto names = [&](const char* file) {
+        const std::string said = log_of(dir), words = "a chat template that is not Gemma 3's";
+        CAPTURE(file, said);
+        const size_t at = said.find(words);
+        if (!file) return at == said.npos;
+        return said.find(dir.string() + "/" + file + ": " + words) != said.npos &&
+               said.find(words, at + 1) == said.npos;
+    };
+    CHECK(names(nullptr));
+    const json demo = json::parse(read_file(repository / "demo/model/tokenizer_config.json"));
+    dir.write("tokenizer_config.json", demo.dump());
+    CHECK(names(nullptr));
+    dir.write("tokenizer_config.json", R"({"model_max_length": 1000000000000000019884624838656})");
+    CHECK(names(nullptr));
+    std::string known;  // the same up to white space
+    for (const char c : demo["chat_template"].get<std::string>())
+        known += c == ' ' ? "\n  " : std::string(1, c);
+    dir.write("chat_template.jinja", known);
+    CHECK(names(nullptr));
+    dir.write("tokenizer_config.json", R"({"chat_template": "{{ messages }}"})");
+    CHECK(names(nullptr));  // chat_template.jinja is the one that transformers uses
+    dir.write("chat_template.jinja", known + "x");
+    CHECK(names("chat_template.jinja"));
+    fs::remove(dir.path / "chat_template.jinja");
+    CHECK(names("tokenizer_config.json"));
+    dir.write("tokenizer_config.json",
+              R"({"chat_template": [{"name": "default", "template": ""}]})");
+    CHECK(names("tokenizer_config.json"));
+    dir.write("chat_template.json", R"({"chat_template": "{{ raise_exception('no') }}"})");
+    CHECK(names("chat_template.json"));
+}
+
+// [5] The cache -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -832,8 +1001,17 @@ TEST_CASE("a model is found as a directory or in the cache") {
         const Environment xdg2("XDG_CACHE_HOME", root.string() + "/xdg");
         check_message(error_of([&] { find_model(model); }),
                       {root.string() + "/xdg/huggingface/hub/" + folder});
+        const Environment tilde2("XDG_CACHE_HOME", "~/xdg2");
+        check_message(error_of([&] { find_model(model); }),
+                      {root.string() + "/xdg2/huggingface/hub/" + folder});
         const Environment tilde("HF_HOME", "~/tilde");
         check_message(error_of([&] { find_model(model); }), {root.string() + "/tilde/hub/"});
+        const Environment alone("HF_HOME", "~");
+        check_message(error_of([&] { find_model(model); }), {root.string() + "/hub/" + folder});
+        const Environment old_tilde("HUGGINGFACE_HUB_CACHE", "~/old");
+        check_message(error_of([&] { find_model(model); }), {root.string() + "/old/" + folder});
+        const Environment new_tilde("HF_HUB_CACHE", "~/new");
+        check_message(error_of([&] { find_model(model); }), {root.string() + "/new/" + folder});
     }
     const Environment hf_home2("HF_HOME", root.string() + "/hf");
     check_message(error_of([&] { find_model(model); }), {root.string() + "/hf/hub/" + folder});

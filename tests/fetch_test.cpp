@@ -342,8 +342,14 @@ TEST_CASE("where the cache is") {
     lies_in(".cache/huggingface/hub");
     world.variables["XDG_CACHE_HOME"] = (world.cache.path / "xdg").string();
     lies_in("xdg/huggingface/hub");
+    world.variables["XDG_CACHE_HOME"] = "~/xdg2";
+    lies_in("xdg2/huggingface/hub");
     world.variables["HF_HOME"] = "~/home";
     lies_in("home/hub");
+    world.variables["HF_HOME"] = "~";
+    lies_in("hub");
+    world.variables["HUGGINGFACE_HUB_CACHE"] = "~/old";
+    lies_in("old");
     world.variables["HF_HUB_CACHE"] = (world.cache.path / "with a space").string();
     lies_in("with a space");
 }
@@ -392,6 +398,35 @@ TEST_CASE("a model without what the server needs is refused before its weights a
         CHECK(gets(world.hub).empty());
         CHECK(!fs::exists(world.snapshot()));
     }
+}
+
+TEST_CASE("D8: a tokenizer.json does without tokenizer.model") {
+    World world;
+    fs::remove(world.model.path / "tokenizer.model");
+    check_error(world.run(), {name, "tokenizer.model or tokenizer.json"});
+    world.model.write("tokenizer.json", "{}");
+    check_success(world.run(), world);
+    CHECK(world.run({"--have", name}).status == 0);
+    fs::remove(world.snapshot() / "tokenizer.json");
+    CHECK(world.run({"--have", name}).status == 1);
+}
+
+TEST_CASE("D8: a numbered set of weight files needs no index") {
+    World world;
+    const std::string one = "model-00001-of-00001.safetensors";
+    fs::rename(world.model.path / "model.safetensors", world.model.path / one);
+    check_success(world.run(), world);
+    CHECK(fs::exists(world.snapshot() / one));
+    CHECK(world.run({"--have", name}).status == 0);
+    // Others fetch more than one such file: the set must be whole.
+    const auto rename = [&](const char* to) {
+        fs::rename(world.snapshot() / one, world.snapshot() / to);
+    };
+    rename("model-00001-of-00002.safetensors");
+    CHECK(world.run({"--have", name}).status == 1);
+    fs::copy_symlink(world.snapshot() / "model-00001-of-00002.safetensors",
+                     world.snapshot() / "model-00002-of-00002.safetensors");
+    CHECK(world.run({"--have", name}).status == 0);
 }
 
 TEST_CASE("an empty file is a file") {
