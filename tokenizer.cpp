@@ -9,24 +9,21 @@
 //   - The text between two control ids is encoded in one call, because newlines fuse: "user\n" and
 //     "\nHi" have other ids together than one by one.
 //   - Long text is not divided: SentencePiece takes n log n, as its pairs are in a heap.
+#include "file.h"
 #include "gemma.h"
 #include "tokenizer.h"
 
-#include <filesystem>
-#include <fstream>
-
-#include <nlohmann/json.hpp>
 #include <sentencepiece_processor.h>
 
 namespace gemma {
 
-using nlohmann::json;
 using std::string_view;
 
 // [1] The model file ------------------------------------------------------------------------------
 
 // Indices into `literals` and `controls`; the first four are also ids. The soft token, of which an
-// image takes 256, is no piece: its id follows the last piece, if there are image pieces.
+// image takes 256, is a piece only where a tokenizer.json has others behind it: else its id follows
+// the last piece, if there are image pieces.
 enum { pad, eos, bos, unk, start_of_turn, end_of_turn, start_of_image, end_of_image, soft_token };
 // clang-format off
 constexpr string_view literals[] = {
@@ -55,28 +52,34 @@ static std::string text_of(const sentencepiece::SentencePieceProcessor& processo
 struct Tokenizer::Pieces {
     sentencepiece::SentencePieceProcessor processor;
     std::vector<std::string> text;  // [size]
-    std::vector<int> controls;      // [literals] ids; -1: not in this vocabulary
+    // What a raw prompt may write for a control id: `literals`, then a vocabulary's other ones.
+    std::vector<std::string> names;
+    std::vector<int> controls;  // [names] ids; -1: not in this vocabulary
 };
 
-Tokenizer::Tokenizer(const std::string& file) : pieces(std::make_unique<Pieces>()) {
-    const auto require = [&](bool good, const std::string& found) {
-        if (!good) throw Error(file + ": " + found + ", expected Gemma's tokenizer.model");
-    };
-    std::error_code error;
-    const uintmax_t bytes = std::filesystem::file_size(file, error);  // fails for other files
-    require(!error, error.message());
-    require(bytes <= 64 << 20, "more than 64 MiB");  // Gemma's has 4.5
-    std::string model(bytes, '\0');
-    std::ifstream in(file, std::ios::binary);
-    require(bool(in.read(model.data(), std::streamsize(bytes))), "cannot be read");
+// The bytes of a SentencePiece file, or those that a tokenizer.json is turned into.
+static std::string read_model(const std::string& file) {
+    if (file.ends_with(".json")) return sentencepiece_of_json(file);
+    const File model(file);
+    if (model.bytes.size() > 64 << 20)  // Gemma's has 4.5
+        reject(file, text("%zu bytes", model.bytes.size()), "at most 64 MiB");
+    return std::string(model.bytes);
+}
 
-    auto& [processor, texts, controls] = *pieces;
+Tokenizer::Tokenizer(const std::string& given) : pieces(std::make_unique<Pieces>()) {
+    const std::string file = tokenizer_file(given);
+    const auto require = [&](bool good, const std::string& found) {
+        if (!good) throw Error(file + ": " + found + ", expected Gemma's tokenizer");
+    };
+    std::string model = read_model(file);
+    auto& [processor, texts, names, controls] = *pieces;
     for (string_view literal : literals) make_control(model, literal);
     const auto status = processor.LoadFromSerializedProto(model);
     require(status.ok(), "no SentencePiece model (" + status.ToString() + ")");
     for (int id = 0; id < processor.GetPieceSize(); ++id) texts.push_back(text_of(processor, id));
+    names.assign(std::begin(literals), std::end(literals));
     for (int i = pad; i < soft_token; ++i) {
-        const std::string name(literals[i]);
+        const std::string& name = names[size_t(i)];
         const int id = processor.PieceToId(name);  // the id of <unk> if there is no such piece
         controls.push_back(processor.IdToPiece(id) == name ? id : -1);
         require(controls[i] >= 0 || i > end_of_turn, "no piece " + name);  // images are optional
@@ -84,6 +87,13 @@ Tokenizer::Tokenizer(const std::string& file) : pieces(std::make_unique<Pieces>(
         require(texts[id].empty(), name + " as ordinary text");
     }
     controls.push_back(controls[start_of_image] < 0 || controls[end_of_image] < 0 ? -1 : size());
+    for (int id = 0; id < size(); ++id) {
+        const std::string& name = processor.IdToPiece(id);
+        if (name == literals[soft_token]) controls[soft_token] = id;
+        if (!processor.IsControl(id) || std::count(names.begin(), names.end(), name)) continue;
+        names.push_back(name);
+        controls.push_back(id);
+    }
     // Spaces everywhere, a letter in two forms, a ligature, a character without a piece.
     const std::string probe = "  \u00e9e\u0301  \ufb01\u3000\U000F0000\r\n ";
     require(decode(encode(probe)) == probe, "text that comes back changed");
@@ -125,12 +135,14 @@ struct Prompt {
 std::vector<int> Tokenizer::encode_with_controls(string_view raw) const {
     Prompt prompt{*this, pieces->controls};
     size_t start = 0;  // of the text that is not in the prompt yet
-    for (size_t at = raw.find('<'); at != raw.npos; at = raw.find('<', at + 1)) {
-        for (size_t i = 0; i < std::size(literals); ++i) {
-            if (pieces->controls[i] < 0 || !raw.substr(at).starts_with(literals[i])) continue;
+    for (size_t at = 0; at < raw.size(); ++at) {
+        for (size_t i = 0; i < pieces->names.size(); ++i) {
+            if (pieces->controls[i] < 0 || !raw.substr(at).starts_with(pieces->names[i])) continue;
             prompt.text = raw.substr(start, at - start);
             prompt.mark(i);
-            start = at + literals[i].size();
+            start = at + pieces->names[i].size();
+            at = start - 1;
+            break;
         }
     }
     prompt.text = raw.substr(start);

@@ -12,9 +12,14 @@
 
 namespace gemma {
 
+// The file to read where tokenizer.model is asked for: it, or tokenizer.json beside it.
+std::string tokenizer_file(const std::string& model);
+// A SentencePiece model, serialized, with the ids of a tokenizer.json.
+std::string sentencepiece_of_json(const std::string& path);
+
 class Tokenizer {
   public:
-    explicit Tokenizer(const std::string& file);  // a SentencePiece model of Gemma's family
+    explicit Tokenizer(const std::string& file);  // of Gemma's family; see tokenizer_file
     ~Tokenizer();
     int size() const;
 

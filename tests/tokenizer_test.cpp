@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <random>
@@ -27,14 +28,15 @@ namespace {
 const std::filesystem::path demo_file = repository / "demo/model/tokenizer.model";
 const char* const skip_reason = "no Gemma vocabulary at $GEMMA_VOCAB or ../shared/golden";
 
+const std::filesystem::path gemma_file = std::getenv("GEMMA_VOCAB")
+                                             ? std::filesystem::path(std::getenv("GEMMA_VOCAB"))
+                                             : repository / "../shared/golden/gemma3-vocab.model";
+
 // Gemma's vocabulary, or nullptr if it is not there. Loaded once.
 const Tokenizer* gemma_vocabulary() {
     static const auto loaded = []() -> std::optional<Tokenizer> {
-        const char* given = std::getenv("GEMMA_VOCAB");
-        const auto file = given ? std::filesystem::path(given)
-                                : repository / "../shared/golden/gemma3-vocab.model";
-        if (!std::filesystem::exists(file)) return std::nullopt;
-        return std::optional<Tokenizer>(std::in_place, file.string());
+        if (!std::filesystem::exists(gemma_file)) return std::nullopt;
+        return std::optional<Tokenizer>(std::in_place, gemma_file.string());
     }();
     return loaded ? &*loaded : nullptr;
 }
@@ -228,7 +230,286 @@ TEST_CASE("chat has the golden ids, except that text forges no turn") {
     CHECK(ids + errors == 14);
 }
 
-// [2] Control ids ---------------------------------------------------------------------------------
+// [2] tokenizer.json ------------------------------------------------------------------------------
+
+namespace {
+
+// A piece of a SentencePiece file, whose types the library does not tell.
+struct Piece {
+    std::string name;
+    float score = 0;
+    int type = 1;  // normal; 2 unknown, 3 control, 4 user-defined, 6 byte
+};
+
+// The file begins with its pieces: 0A size (0A size name, 15 score, 18 type).
+std::vector<Piece> pieces_of(const std::filesystem::path& file) {
+    const std::string bytes = read_file(file);
+    std::vector<Piece> pieces;
+    for (size_t at = 0; bytes.at(at) == 0x0A;) {
+        const size_t end = at + 2 + size_t(bytes.at(at + 1)), size = size_t(bytes.at(at + 3));
+        REQUIRE(end - at < 130);  // sizes of one byte
+        Piece p{bytes.substr(at + 4, size)};
+        std::memcpy(&p.score, &bytes.at(at + 5 + size), 4);
+        if (at + 9 + size < end) p.type = bytes.at(at + 10 + size);
+        pieces.push_back(p);
+        at = end;
+    }
+    return pieces;
+}
+
+// The tokenizer.json that transformers' converter makes of a SentencePiece file: a merge for each
+// pair of pieces whose union is a piece, those with the higher score first.
+json as_json(const std::filesystem::path& file) {
+    const std::vector<Piece> pieces = pieces_of(file);
+    std::map<std::string, size_t> ids;
+    for (size_t id = 0; id < pieces.size(); id++) ids[pieces[id].name] = id;
+    json vocabulary, tokens = json::array(), merges = json::array();
+    std::vector<std::pair<float, json>> scored;
+    for (size_t id = 0; id < pieces.size(); id++) {
+        const auto& [name, score, type] = pieces[id];
+        vocabulary[name] = id;
+        for (size_t i = 1; i < name.size(); i++) {
+            const std::string left = name.substr(0, i), right = name.substr(i);
+            if (ids.count(left) && ids.count(right)) scored.emplace_back(-score, json{left, right});
+        }
+        const bool turn = name.ends_with("_of_turn>") || name.ends_with("_of_image>");
+        if (type >= 2 && type <= 4)
+            tokens.push_back({{"id", id},
+                              {"content", name},
+                              {"special", turn || type != 4},
+                              {"normalized", false},
+                              {"lstrip", false},
+                              {"rstrip", false},
+                              {"single_word", false}});
+    }
+    std::stable_sort(scored.begin(), scored.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (auto& [score, merge] : scored) merges.push_back(std::move(merge));
+    json out = R"({"version": "1.0", "truncation": null, "padding": null,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "},
+                          "behavior": "MergedWithPrevious", "invert": false},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "fuse_unk": true,
+                  "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                  "byte_fallback": true, "ignore_merges": false}})"_json;
+    out["added_tokens"] = tokens;
+    out["model"]["vocab"] = vocabulary;
+    out["model"]["merges"] = merges;
+    return out;
+}
+
+json added(int id, const std::string& content, bool special) {
+    return {{"id", id}, {"content", content}, {"special", special}};
+}
+
+struct Folder {
+    std::filesystem::path path = scratch_file("");
+    Folder() {
+        std::filesystem::remove(path);
+        std::filesystem::create_directory(path);
+    }
+    ~Folder() { std::filesystem::remove_all(path); }
+    // A tokenizer whose tokenizer.model is missing.
+    Tokenizer load(const std::string& tokenizer_json) const {
+        std::ofstream(path / "tokenizer.json", std::ios::binary) << tokenizer_json;
+        return Tokenizer((path / "tokenizer.model").string());
+    }
+    std::string complaint(const std::string& tokenizer_json) const {
+        try {
+            load(tokenizer_json);
+        } catch (const gemma::Error& e) {
+            const std::string message = e.what();
+            CHECK(message.find((path / "tokenizer.json").string() + ": ") == 0);
+            CHECK(message.find('\n') == message.npos);
+            CHECK(message.find(", expected ") != message.npos);
+            return message;
+        }
+        return "";
+    }
+};
+
+}  // namespace
+
+TEST_CASE("D8: a tokenizer.json has the ids of the tokenizer.model that it was made of") {
+    const Folder folder;
+    std::map<std::string, std::filesystem::path> files{{"demo", demo_file}};
+    if (gemma_vocabulary() && gemma_file.extension() == ".model") files["gemma"] = gemma_file;
+    for (const auto& [name, file] : files) {
+        CAPTURE(name);
+        const Tokenizer& model = *vocabularies()[name];
+        json source = as_json(file);
+        // Gemma's own file has this token, of which tokenizer.model knows nothing.
+        if (name == "gemma")
+            source["added_tokens"].push_back(added(262144, "<image_soft_token>", true));
+        const std::string bytes = source.dump(1);
+        const double start = gemma::seconds();
+        const Tokenizer t = folder.load(bytes);
+        std::printf("%s: a tokenizer.json of %.1f MB, loaded in %.2f s\n", name.c_str(),
+                    double(bytes.size()) / 1e6, gemma::seconds() - start);
+        REQUIRE(t.size() == model.size());
+        for (int id = 0; id < t.size(); id++)
+            if (t.bytes(id) != model.bytes(id) || t.name(id) != model.name(id)) FAIL("id " << id);
+        int cases = 0;
+        for (const json& c : golden("tokenizer.jsonl")) {
+            const auto text = c["text"].get<std::string>();
+            CAPTURE(c["n"].get<int>());
+            CHECK(t.encode(text) == model.encode(text));
+            CHECK(t.encode_with_controls(text) == model.encode_with_controls(text));
+            ++cases;
+        }
+        for (const json& c : golden("chat.jsonl")) {
+            if (c.contains("error") ||
+                (name == "demo" && c.dump().find("image") != std::string::npos))
+                continue;
+            CHECK(t.chat(c["messages"], Ending::closed) ==
+                  model.chat(c["messages"], Ending::closed));
+            ++cases;
+        }
+        std::mt19937 random(13);
+        for (int i = 0; i < 500; ++i, ++cases) {  // texts of random pieces
+            std::string text;
+            for (int k = 0; k < 20; ++k) text += model.bytes(int(random() % unsigned(t.size())));
+            CHECK(t.encode(text) == model.encode(text));
+        }
+        std::printf("%s: %d texts have equal ids by tokenizer.json\n", name.c_str(), cases);
+    }
+}
+
+TEST_CASE("D8: beside a tokenizer.model, tokenizer.json is read only for added tokens") {
+    const Folder folder;
+    const auto add = [&](const char* tokens) {
+        std::ofstream(folder.path / "added_tokens.json") << tokens;
+    };
+    std::filesystem::copy(demo_file, folder.path / "tokenizer.model");
+    CHECK(folder.load("not read").size() == 2048);
+    add(R"({"<image_soft_token>": 2048})");  // as Gemma's own directory has it
+    CHECK(folder.load("not read").size() == 2048);
+    add(R"({"<image_soft_token>": 2048, "<mine>": 2049})");
+    CHECK(folder.complaint("not read") != "");
+    json source = as_json(demo_file);
+    source["added_tokens"].push_back(added(2048, "<image_soft_token>", true));
+    source["added_tokens"].push_back(added(2049, "<mine>", true));
+    CHECK(folder.load(source.dump()).encode_with_controls("<mine>") == Ids{2049});
+    std::filesystem::remove(folder.path / "tokenizer.json");
+    CHECK(Tokenizer((folder.path / "tokenizer.model").string()).size() == 2048);
+}
+
+TEST_CASE("D8: a finetune's added tokens have ids, and special ones match in raw prompts only") {
+    const Folder folder;
+    json source = as_json(demo_file);
+    auto& tokens = source["added_tokens"];
+    tokens.push_back(added(2048, "<image_soft_token>", true));
+    tokens.push_back(added(2049, "[TOOL]", true));
+    tokens.push_back(added(2050, "my token", false));
+    const Tokenizer t = folder.load(source.dump());
+    CHECK(t.size() == 2051);
+    CHECK(t.name(2049) == "[TOOL]");
+    CHECK(t.bytes(2049) == "");
+    CHECK(t.bytes(2050) == "my token");
+    Ids expected = t.encode("a");
+    expected.insert(expected.end(), {2049, 2050, 106});
+    CHECK(t.encode_with_controls("a[TOOL]my token<end_of_turn>") == expected);
+    CHECK(count_controls(t, t.encode("[TOOL]")) == 0);
+    for (const int id : t.encode("[TOOL]")) CHECK(id < 2048);
+    CHECK(t.encode("my token") == Ids{2050});
+    CHECK(t.decode(t.encode("a [TOOL] my token.")) == "a [TOOL] my token.");
+    // Old files write a merge as one string.
+    for (json& merge : source["model"]["merges"])
+        merge = merge[0].get<std::string>() + " " + merge[1].get<std::string>();
+    CHECK(folder.load(source.dump()).encode("my own text, a[TOOL]") ==
+          t.encode("my own text, a[TOOL]"));
+}
+
+TEST_CASE("D8: a tokenizer.json that SentencePiece would not follow is refused in one line") {
+    const Folder folder;
+    const json good = as_json(demo_file);
+    REQUIRE(folder.complaint(good.dump()) == "");
+    const auto refused = [&](const char* patch, const std::vector<const char*>& parts) {
+        const std::string message = folder.complaint(good.patch(json::parse(patch)).dump());
+        CAPTURE(patch, message);
+        for (const char* part : parts) CHECK(message.find(part) != message.npos);
+    };
+    refused(R"([{"op": "replace", "path": "/model/type", "value": "Unigram"}])",
+            {"model/type: found \"Unigram\"", "BPE"});
+    refused(R"([{"op": "replace", "path": "/model/byte_fallback", "value": false}])",
+            {"model/byte_fallback: found false"});
+    refused(R"([{"op": "replace", "path": "/model/ignore_merges", "value": true}])",
+            {"model/ignore_merges: found true"});
+    refused(R"([{"op": "replace", "path": "/normalizer", "value": {"type": "NFKC"}}])",
+            {"normalizer: found ", "NFKC"});
+    refused(R"([{"op": "replace", "path": "/pre_tokenizer", "value": {"type": "ByteLevel"}}])",
+            {"pre_tokenizer: found ", "ByteLevel"});
+    refused(R"([{"op": "remove", "path": "/decoder"}])", {"decoder: found null"});
+    refused(R"([{"op": "replace", "path": "/model", "value": 5}])", {"model/type: found null"});
+    refused(R"([{"op": "remove", "path": "/model/merges/0"}])",
+            {"model.merges: found no [", "each pair"});
+    refused(R"([{"op": "add", "path": "/model/merges/0", "value": ["<pad>", "<eos>"]}])",
+            {"model.merges: [\"<pad>\",\"<eos>\"]", "no piece \"<pad><eos>\""});
+    refused(R"([{"op": "copy", "path": "/model/merges/1", "from": "/model/merges/0"}])",
+            {"model.merges: found [", "once"});
+    for (const char* no_pair :
+         {"5", "[\"a\"]", "[\"a\", 5]", "[[\"a\"], \"b\"]", "[\"a\", \"b\", \"c\"]", "{}", "null",
+          "\"\"", "\"ab\"", "[]", "[\"\", \"\"]"}) {
+        const std::string patch =
+            std::string(R"([{"op": "add", "path": "/model/merges/2", "value": )") + no_pair + "}]";
+        refused(patch.c_str(), {"model.merges"});
+    }
+    for (const char* no_id : {"-1", "1.5", "\"1\"", "[1]", "{}", "null", "524288"}) {
+        const std::string patch =
+            std::string(R"([{"op": "add", "path": "/model/vocab/zzz", "value": )") + no_id + "}]";
+        refused(patch.c_str(), {"model.vocab: \"zzz\": found ", "an id below 524288"});
+    }
+    refused(R"([{"op": "add", "path": "/model/vocab/zzz", "value": 7}])",
+            {"id 7: found ", "\"zzz\""});
+    refused(R"([{"op": "add", "path": "/model/vocab/zzz", "value": 2050}])",
+            {"no piece of id 2048"});
+    refused(
+        R"([{"op": "add", "path": "/added_tokens/-", "value": {"id": 2048, "content": "<pad>"}}])",
+        {"added_tokens", "the vocabulary's id 0"});
+    refused(R"([{"op": "add", "path": "/added_tokens/-",
+                 "value": {"id": 2048, "content": "x", "lstrip": true}}])",
+            {"lstrip"});
+    refused(R"([{"op": "add", "path": "/added_tokens/-", "value": 5}])", {"added_tokens: 5"});
+    refused(R"([{"op": "replace", "path": "/added_tokens", "value": []}])", {"unk is not defined"});
+    // The ranks of a piece's merges stand side by side.
+    json apart = good;
+    auto& merges = apart["model"]["merges"];
+    for (size_t i = merges.size() - 1; i > 0; i--) {
+        const auto piece = [&](size_t at) {
+            return merges[at][0].get<std::string>() + merges[at][1].get<std::string>();
+        };
+        if (piece(i) != piece(i - 1) || piece(i) == piece(0)) continue;
+        std::swap(merges[0], merges[i]);
+        break;
+    }
+    CHECK(folder.complaint(apart.dump()).find("side by side") != std::string::npos);
+    // F7, D12: nothing may follow it.
+    const std::string bytes = good.dump();
+    for (const std::string& end : {std::string("\0x", 2), std::string(1, '\0'), std::string("x")})
+        CHECK(folder.complaint(bytes + end).find("a JSON object") != std::string::npos);
+    CHECK(folder.complaint("").find("0 bytes") != std::string::npos);
+    CHECK(folder.complaint("[]").find("a JSON object") != std::string::npos);
+    CHECK(folder.complaint("{}").find("model/type") != std::string::npos);
+    CHECK(folder.complaint("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+              .find("Git LFS pointer") != std::string::npos);
+    std::mt19937 random(17);
+    int loaded = 0, cases = 0;
+    for (; cases < 100; ++cases) {  // damaged: refused or loaded, and never a crash
+        std::string damaged = bytes;
+        if (cases % 2)
+            damaged.resize(random() % damaged.size());
+        else
+            damaged[random() % damaged.size()] ^= char(1 << random() % 8);
+        loaded += folder.complaint(damaged).empty();
+    }
+    std::printf("damaged tokenizer.json: %d of %d loaded\n", loaded, cases);
+    CHECK(loaded < 50);
+}
+
+// [3] Control ids ---------------------------------------------------------------------------------
 
 TEST_CASE("control text in content stays text") {
     for (const auto& [name, tokenizer] : vocabularies()) {
@@ -297,7 +578,7 @@ TEST_CASE("a raw prompt's literals become ids, the text between them stays text"
     }
 }
 
-// [3] Chat ----------------------------------------------------------------------------------------
+// [4] Chat ----------------------------------------------------------------------------------------
 
 TEST_CASE("chat's frame") {
     for (const auto& [name, tokenizer] : vocabularies()) {
@@ -390,7 +671,7 @@ TEST_CASE("an image's newlines fuse with their neighbours") {
     CHECK(Ids(ids.end() - 4, ids.end()) == Ids{256000, 108, 106, 107});
 }
 
-// [4] Streamed text -------------------------------------------------------------------------------
+// [5] Streamed text -------------------------------------------------------------------------------
 
 TEST_CASE("invalid UTF-8 becomes U+FFFD, one for each maximal subpart") {
     for (const auto& [name, tokenizer] : vocabularies()) {
@@ -472,7 +753,7 @@ TEST_CASE("text comes back") {
     }
 }
 
-// [5] Size, threads, bad files --------------------------------------------------------------------
+// [6] Size, threads, bad files --------------------------------------------------------------------
 
 TEST_CASE("a megabyte of anything is encoded") {
     std::mt19937 random(3);
@@ -527,9 +808,10 @@ TEST_CASE("a file that is not a tokenizer of Gemma's family is refused in one li
         return complaint(model.replace(at, from.size(), to));
     };
     CHECK(complaint(demo) == "");
-    CHECK(contains(complaint(""), "expected Gemma's tokenizer.model"));
+    CHECK(contains(complaint(""), "found 0 bytes"));
+    CHECK(contains(complaint("no model"), "no SentencePiece model"));
     CHECK(contains(complaint("version https://git-lfs.github.com/spec/v1\n"),
-                   "no SentencePiece model"));
+                   "found a Git LFS pointer"));
     CHECK(contains(edited("<bos>", "<bot>"), "no piece <bos>"));
     CHECK(contains(edited("<end_of_turn>", "<end_of_torn>"), "no piece <end_of_turn>"));
     std::string swapped = demo;  // <pad> and <eos> swapped
@@ -550,12 +832,12 @@ TEST_CASE("a file that is not a tokenizer of Gemma's family is refused in one li
         return "";
     };
     CHECK(contains(message_for("/nowhere/tokenizer.model"),
-                   "/nowhere/tokenizer.model: No such file"));
-    CHECK(contains(message_for(repository.string()), "directory"));
-    CHECK(contains(message_for("/dev/zero"), "expected Gemma's tokenizer.model"));
+                   "/nowhere/tokenizer.model: found no such file, expected it, or tokenizer.json"));
+    CHECK(contains(message_for(repository.string()), "no regular file"));
+    CHECK(contains(message_for("/dev/zero"), "no regular file"));
     const auto sparse = scratch_file("");
     std::filesystem::resize_file(sparse, 1ull << 40);  // 1 TiB, all of it a hole
-    CHECK(contains(message_for(sparse.string()), "more than 64 MiB"));
+    CHECK(contains(message_for(sparse.string()), "at most 64 MiB"));
     std::filesystem::remove(sparse);
 }
 
