@@ -24,6 +24,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../container.h"
 #include "test.h"
 
 // The CPU twins have the kernels' names, so they are put into a namespace of their own. All headers

@@ -11,6 +11,7 @@
 //
 // Write some fifteen lines: in gemma.h, in `sample` in reference.cpp, and in `Ask`, `ask_of` and
 // `sample_kernel` in sample.cuh. Both engines must draw the same ids.
+#include "../../container.h"
 #include "exercise.h"
 
 #include <set>
