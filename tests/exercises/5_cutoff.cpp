@@ -66,7 +66,7 @@ std::vector<int> on_gpu(const std::vector<float>& logits, int vocab,
         gemma::Stream s;
         gemma::sample(s,
                       {all.data(), best.data(), asks.data(), nullptr, nullptr, ids.data(), nullptr,
-                       int(outputs.size()), V, vocab},
+                       int(outputs.size()), V, V, vocab},
                       false, false);
         return ids;
     });
