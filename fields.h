@@ -40,16 +40,19 @@ inline json parse_json(std::string_view text, const json::parser_callback_t& che
 }
 
 // JSON text, valid UTF-8 whatever the bytes. U+0085, U+2028 and U+2029 are escaped, because clients
-// that divide a stream by Python's splitlines() would break an event there.
+// that divide a stream by Python's splitlines() would break an event there. In linear time: a text
+// may be megabytes of them.
 inline std::string quote(const json& value) {
-    std::string s = value.dump(-1, ' ', false, json::error_handler_t::replace);
-    for (const auto& [raw, escape] :
-         {std::pair<std::string_view, const char*>("\u0085", R"(\u0085)"),
-          {"\u2028", R"(\u2028)"},
-          {"\u2029", R"(\u2029)"}}) {
-        for (size_t at = 0; (at = s.find(raw, at)) != s.npos;) s.replace(at, raw.size(), escape);
+    const std::string s = value.dump(-1, ' ', false, json::error_handler_t::replace);
+    std::string escaped;
+    for (size_t at = 0; at < s.size();) {
+        const auto next = std::string_view(s).substr(at, 3);
+        const bool nel = next.starts_with("\xc2\x85"), line = next == "\xe2\x80\xa8";
+        const bool ends = nel || line || next == "\xe2\x80\xa9";
+        escaped += nel ? "\\u0085" : line ? "\\u2028" : ends ? "\\u2029" : next.substr(0, 1);
+        at += nel ? 2 : ends ? 3 : 1;
     }
-    return s;
+    return escaped;
 }
 
 // A value in an error: cut, so that an answer is never much longer than its request.

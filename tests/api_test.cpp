@@ -1801,6 +1801,13 @@ TEST_CASE("D6: no event of a stream has a character at which splitlines() ends a
         const json first = whole ? reply.parsed() : read_events(reply).events[0];
         CHECK(text_of(first["choices"][0]).starts_with(odd));
     }
+    // Four megabytes of them in a value that an error shows. Replaced one by one, each in the whole
+    // text, they would take minutes of one core.
+    std::string many;
+    for (int i = 0; i < 1'300'000; i++) many += "\u2028";
+    const Reply reply = post(completions, with(base(completions), {{"temperature", many}}));
+    CHECK(reply.status == 400);
+    CHECK(reply.body.find(R"(\\u2028\\u2028)") != std::string::npos);
 }
 
 TEST_CASE("bug: stop string over tokens, streamed too early", "[http]") {
