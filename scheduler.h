@@ -565,22 +565,25 @@ class Scheduler {
             s.prefix = s.prefix->find_or_make(s.tokens.data() + i * page_tokens);
             for (const Pool pool : pools) pages[pool].publish(s.pages[pool][size_t(i)], s.prefix);
         }
+        bool released = false;
         for (int i = first_seen(s.computed); i-- > 0;) {
             int& page = s.pages[local_pool][size_t(i)];
             if (page < 0) break;
             pages[local_pool].release(page);
             page = -1;
+            released = true;
         }
-        pass_pages(s);
+        if (released) pass_pages(s);
     }
 
     // A page that the window has left by more than a page: the first one behind is needed if the
     // same prompt comes again, because a hit leaves a token to compute.
     void pass_pages(const Sequence& s) {
         int i = s.computed / page_tokens;
-        auto node = s.prefix;  // of page i - 1
-        for (; i > first_seen(s.computed) - 1 && node != root; i--) node = node->parent;
-        while (node != root && pages[local_pool].pass(node->page[local_pool])) node = node->parent;
+        const Prefix* node = s.prefix.get();  // of page i - 1
+        for (; i > first_seen(s.computed) - 1 && node != root.get(); i--) node = node->parent.get();
+        while (node != root.get() && pages[local_pool].pass(node->page[local_pool]))
+            node = node->parent.get();
     }
 
     // A generated id; returns whether it ends the sequence.
