@@ -73,7 +73,7 @@ std::vector<std::string> cgroups(const std::string& root, const std::string& con
     std::vector<std::string> directories;
     std::ifstream mounts(root + "/proc/self/mountinfo");
     for (std::string line; !own.empty() && std::getline(mounts, line);) {
-        // 31 23 0:28 /root/in/the/hierarchy /mount/point rw - cgroup cgroup rw,memory
+        // 31 23 0:28 ROOT-IN-THE-HIERARCHY MOUNT-POINT rw - cgroup cgroup rw,memory
         const size_t dash = line.find(" - ");
         if (dash == std::string::npos) continue;
         const auto left = split(line.substr(0, dash), ' '),

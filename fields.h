@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // fields.h: one table drives parsing, null, ranges, error texts and help, for the fields of
-// requests (request.cpp) and for flags (main.cpp). Sitting 3. Every number from outside passes
+// requests (request.cpp) and for flags (flags.cpp). Sitting 3. Every number from outside passes
 // `assign` once, with its range, before it can become a size or an index.
 #pragma once
 
@@ -177,7 +177,6 @@ struct Field {
         member;
     double low = 0, high = 0;  // as Allowed's
     const char* help = "";
-    bool without_effect = false;  // read and checked, and said so
 };
 
 template <class T>

@@ -305,9 +305,10 @@ Serves Gemma 3 over the OpenAI API. The flags are vLLM's, with - or _, besides -
     }
     return s + "\nWithout effect; other values than those shown are refused\n" + list_others(true) +
            "\nRefused, with a word on what to do instead\n" + list_others(false) + R"(
-The cache is $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub. SIGTERM and SIGINT
-let what runs end, for 8 s. 8k is 8000 and 8K is 8192. --check reads the flags and looks at
-no model; --version prints the version.
+The cache is $HF_HUB_CACHE, $HUGGINGFACE_HUB_CACHE, $HF_HOME/hub,
+$XDG_CACHE_HOME/huggingface/hub or ~/.cache/huggingface/hub, the first that is set. SIGTERM
+and SIGINT let what runs end, for 8 s. 8k is 8000 and 8K is 8192. --check reads the flags
+and looks at no model; --version prints the version.
 )";
 }
 
