@@ -214,6 +214,20 @@ TEST_CASE("F2 and D1: content that is null or absent, and parts of every kind of
     CHECK(first_text(ask(chat, last)).starts_with("What is"));
 }
 
+TEST_CASE("row 3: an assistant's empty content is an empty turn", "[http]") {
+    const Ids expected = tokenized(
+        "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n<end_of_turn>\n"
+        "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n");
+    for (const json& empty : {json(""), json::array(), json{{{"type", "text"}, {"text", ""}}}}) {
+        INFO(empty);
+        json talk = json::parse(R"([{"role": "user", "content": "Hi"}, {"role": "assistant"},
+                                    {"role": "user", "content": "Hi"}])");
+        talk[1]["content"] = empty;
+        CHECK(tokens_of({{"messages", talk}}) == expected);
+        both(chat, {{"messages", talk}, {"max_tokens", 2}, {"temperature", 0}});
+    }
+}
+
 TEST_CASE("what the model sees of a prompt: <bos>, and a prompt cut on the left", "[http]") {
     const std::string words = "Cloud Run is a service";
     const Ids whole = tokenized(words), bare(whole.begin() + 1, whole.end());
@@ -1204,6 +1218,18 @@ TEST_CASE("ping, load and one model", "[http]") {
     const auto start = Clock::now();
     while (load()["server_load"] != 0 && Clock::now() - start < patience) std::this_thread::yield();
     CHECK(load()["server_load"] == 0);
+}
+
+TEST_CASE("row 42: the / in a model's name may be sent as %2F", "[http]") {
+    for (const char* slash : {"/", "%2F", "%2f"}) {
+        const std::string got =
+            everything(server().port, text("GET /v1/models/google%sgemma-3-1b-it HTTP/1.1\r\n"
+                                           "Host: x\r\n\r\n",
+                                           slash));
+        INFO(got);
+        REQUIRE(got.starts_with("HTTP/1.1 200 "));
+        CHECK(json::parse(got.substr(got.find("\r\n\r\n")))["id"] == "google/gemma-3-1b-it");
+    }
 }
 
 TEST_CASE("other origins' pages may call", "[http]") {
