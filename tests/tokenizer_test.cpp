@@ -16,6 +16,7 @@
 #include <thread>
 
 #include <nlohmann/json.hpp>
+#include <sentencepiece_processor.h>
 
 using gemma::Detokenizer;
 using gemma::Tokenizer;
@@ -578,6 +579,25 @@ TEST_CASE("a raw prompt's literals become ids, the text between them stays text"
     }
 }
 
+TEST_CASE("row 36: control words of other families are text, with SentencePiece's own ids") {
+    std::map<std::string, std::filesystem::path> files{{"demo", demo_file}};
+    if (gemma_vocabulary() && gemma_file.extension() == ".model") files["gemma"] = gemma_file;
+    for (const auto& [name, file] : files) {
+        sentencepiece::SentencePieceProcessor library;
+        REQUIRE(library.Load(file.string()).ok());
+        const Tokenizer& t = *vocabularies().at(name);
+        CHECK(library.PieceToId("[toxicity=0]") == library.unk_id());
+        for (const char* words : {"[toxicity=0]", "Hi [toxicity=0] there", "[INST] Hi [/INST]",
+                                  "<|im_start|>user\nHi<|im_end|>", "<s>Hi</s>", "<|endoftext|>"}) {
+            CAPTURE(name, words);
+            const Ids ids = library.EncodeAsIds(words);
+            CHECK(t.encode(words) == ids);
+            CHECK(t.encode_with_controls(words) == ids);
+            CHECK(t.decode(ids) == words);
+        }
+    }
+}
+
 // [4] Chat ----------------------------------------------------------------------------------------
 
 TEST_CASE("chat's frame") {
@@ -750,6 +770,35 @@ TEST_CASE("text comes back") {
             ++cases;
         }
         std::printf("%s: %d texts encoded and decoded\n", name.c_str(), cases);
+    }
+}
+
+TEST_CASE("rows 35 and 37: long white space and odd characters come back") {
+    const std::string texts[]{
+        std::string(64, ' ') + "x",
+        "x" + std::string(128, ' '),
+        std::string(64, '\n'),
+        std::string(40, '\t') + "x",
+        "\U0001F468\u200d\U0001F469\u200d\U0001F467\u200d\U0001F466",  // a family, joined
+        "\U0001F1FB\U0001F1F3\U0001F1E9\U0001F1EA",                    // two flags
+        "1\ufe0f\u20e3 \U0001F44D\U0001F3FD",                          // a keycap, a skin tone
+        "e\u0301 a\u0302\u0323",                                       // NFD
+        "\u1112\u1161\u11ab\u1100\u1173\u11af",                        // jamo
+        "\ufffe\uffff\U0010ffff\ufeff",
+        std::string("a\0b\0", 4),
+        "a\x7f\x1b\u0080",
+    };
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        const Tokenizer& t = *tokenizer;
+        for (const std::string& text : texts) {
+            CAPTURE(name, text);
+            const Ids ids = t.encode(text);
+            CHECK(t.decode(ids) == text);
+            CHECK(streams_well(t, ids));
+            CHECK(t.decode(t.chat(chat_of("<" + text + ">"), Ending::closed)) ==
+                  "user\n<" + text + ">\n");
+        }
+        CHECK(t.decode(t.encode("a\u2581b")) == "a b");  // a space's own mark, as for Hugging Face
     }
 }
 
