@@ -604,6 +604,44 @@ TEST_CASE("D8: a numbered set of weight files needs no index") {
     }
 }
 
+TEST_CASE("row 48: files that lie beside a whole model do not matter") {
+    const Directory dir;
+    const Entries all = tiny_tensors();
+    write_tiny(dir, tiny_config(), all);
+    SECTION("an index of shards that are gone") {
+        dir.write("model.safetensors.index.json",
+                  R"({"weight_map": {"x": "model-00001-of-00002.safetensors"}})");
+    }
+    SECTION("an index that is no JSON") { dir.write("model.safetensors.index.json", "{"); }
+    SECTION("one shard of a set") { dir.write("model-00001-of-00002.safetensors", "no weights"); }
+    SECTION("config.json begins with a byte order mark") {
+        dir.write("config.json", "\xef\xbb\xbf" + tiny_config().dump());
+    }
+    SECTION("another model in a folder") {
+        dir.write("original/config.json", "{}");
+        dir.write("original/model.safetensors", "no weights");
+        dir.write("original/consolidated.00.pth", "no weights");
+    }
+    SECTION("links that lead back, and nowhere") {
+        fs::create_directory_symlink(".", dir.path / "loop");
+        fs::create_symlink("model-00001-of-00001.safetensors",
+                           dir.path / "model-00001-of-00001.safetensors");
+    }
+    CHECK(find_model(dir.string()) == dir.string());
+    check_weights(Checkpoint(dir.string()), all, "model.");
+}
+
+TEST_CASE("row 48: links in a numbered set's directory do not matter") {
+    const Directory dir;
+    const Entries all = tiny_tensors();
+    dir.write("config.json", tiny_config().dump());
+    dir.write("model-00001-of-00001.safetensors", safetensors(all));
+    dir.write("original/model-00001-of-00002.safetensors", "no weights");
+    fs::create_directory_symlink(".", dir.path / "loop");
+    fs::create_symlink("itself", dir.path / "itself");
+    check_weights(Checkpoint(dir.string()), all, "model.");
+}
+
 TEST_CASE("D8: an embedding that is no multiple of 16 rows gets rows of zeros") {
     for (const char* dtype : {"BF16", "F32"}) {
         const Directory dir;
