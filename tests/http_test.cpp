@@ -8,7 +8,7 @@
 //   [4] Sampling     logprobs, seeds, ranges
 //   [5] Refusals     one shape of error, and vLLM's words, which clients search for
 //   [6] Other routes
-//   [7] The wire     versions, heads, framing; faults of F and D in the names are of one report
+//   [7] The wire     versions, heads, framing; F, D and row in the names are of one report
 //   [8] Crowds       many clients at once, and clients that leave
 //   [9] Lifecycle    flags, loading, SIGTERM
 //
@@ -822,8 +822,24 @@ TEST_CASE("F5: trailers behind a chunked body are dropped, up to 64 KiB of them"
         CHECK(answer.status == 200);
         CHECK(json::parse(answer.body) == plain);
     }
-    CHECK(chunked(size + ";name=value", "").status == 200);
     check_wire(chunked(size, "X: " + std::string(70'000, 'x') + "\r\n"), 431, "64 KiB");
+}
+
+TEST_CASE("row 8: a chunk's extension says nothing", "[http]") {
+    const std::string body = write({{"prompt", "a"}});
+    const auto count = [&](const std::string& extension) {
+        const std::string end = extension + "\r\n";
+        const Wire answer = exchange(
+            "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "Transfer-Encoding: chunked\r\n\r\n1" +
+            end + body.substr(0, 1) + text("\r\n%zx", body.size() - 1) + end + body.substr(1) +
+            "\r\n0" + end + "\r\n");
+        INFO(extension << answer.head << answer.body);
+        CHECK(answer.status == 200);
+        return json::parse(answer.body)["count"];
+    };
+    for (const char* extension : {"", ";foo=bar", ";foo", ";a=b;c=d", " ; foo = \"a;b, 5\"", ";5"})
+        CHECK(count(extension) == 2);
 }
 
 TEST_CASE("F6: one header may take the 64 KiB of a head, and a byte more is 431", "[http]") {
@@ -892,6 +908,30 @@ TEST_CASE("F9: no error of accept closes the port", "[http]") {
     }
     CHECK(within.stop());
     CHECK(get("/ping", within.port).status == 0);
+}
+
+TEST_CASE("row 33: an offer of HTTP/2 is not taken up, and loses no body", "[http]") {
+    // As Java's HttpClient and curl --http2 send it.
+    const std::string settings = "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA";
+    const std::string offer =
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: " + settings +
+        "\r\n";
+    const json whole = complete(two_tokens);
+    const Wire answer = exchange(posting("HTTP/1.1", two_tokens, offer));
+    CHECK(answer.status == 200);
+    CHECK(answer.header("Upgrade") == "");
+    CHECK(answer.header("Content-Length") == std::to_string(answer.body.size()));
+    CHECK(comparable(json::parse(answer.body)) == comparable(whole));
+    const Stream s = read_events(send(server().port, "POST", completions,
+                                      write(with(two_tokens, {{"stream", true}})),
+                                      {{"Content-Type", "application/json"},
+                                       {"Connection", "Upgrade, HTTP2-Settings"},
+                                       {"Upgrade", "h2c"},
+                                       {"HTTP2-Settings", settings}}));
+    CHECK(s.reply.status == 200);
+    CHECK(s.done);
+    CHECK(merged(s, 1) == comparable(whole));
+    CHECK(exchange(getting("/health", "Host: x\r\n" + offer)).status == 200);
 }
 
 TEST_CASE("F14: a target may be a whole URL, as a proxy's client sends it", "[http]") {
