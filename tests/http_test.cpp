@@ -386,6 +386,19 @@ TEST_CASE("greedy answers and seeds repeat; choice i has the seed plus i", "[htt
     CHECK(first_text(complete(large)) == first_text(complete(large)));
 }
 
+TEST_CASE("row 38: 0 is a seed like any other", "[http]") {
+    for (const std::string& path : {completions, chat}) {
+        const auto drawn = [&](const json& seed) {
+            const json wide{{"temperature", 5}, {"top_k", 0}, {"top_p", 1}, {"max_tokens", 24}};
+            return first_text(ask(path, with(wide, {{"seed", seed}, {"ignore_eos", true}})));
+        };
+        const std::string first = drawn(0);
+        for (int i = 0; i < 2; i++) CHECK(drawn(0) == first);
+        CHECK(drawn("0") == first);
+        CHECK(drawn(1) != first);
+    }
+}
+
 TEST_CASE("different seeds, and no seed, give different texts", "[demo]") {
     const json wide{{"temperature", 5}, {"top_k", 0}, {"top_p", 1}, {"max_tokens", 20}, {"n", 8}};
     std::set<std::string> texts;
