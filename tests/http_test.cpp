@@ -630,6 +630,28 @@ TEST_CASE("a request that is too long is refused in vLLM's words", "[http]") {
     CHECK(fits.status == 200);
 }
 
+TEST_CASE("row 49: the time that messages take grows with their number, not its square", "[http]") {
+    const auto seconds = [](int count) {
+        json talk = json::array();
+        for (int i = 0; i < count; i++)
+            talk.push_back({{"role", i % 2 ? "assistant" : "user"}, {"content", "a"}});
+        const json body{{"messages", talk}};
+        const auto start = Clock::now();
+        const Reply reply = post(chat, body);
+        const std::chrono::duration<double> taken = Clock::now() - start;
+        check_refusal(reply, 400, {"maximum context length is 32768 tokens"});
+        return taken.count();
+    };
+    // Ten times as many take this many times as long. Who shares the machine may disturb a try.
+    double least = 1e9;
+    for (int tries = 0; tries < 5 && least >= 30; tries++) {
+        const double few = seconds(6'001);
+        least = std::min(least, seconds(60'001) / few);
+    }
+    std::printf("row 49: 60,001 messages take %.1f times as long as 6,001\n", least);
+    CHECK(least < 30);
+}
+
 // [6] Other routes --------------------------------------------------------------------------------
 
 TEST_CASE("models, health and version", "[http]") {
