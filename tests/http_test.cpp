@@ -969,6 +969,32 @@ TEST_CASE("row 33: an offer of HTTP/2 is not taken up, and loses no body", "[htt
     CHECK(exchange(getting("/health", "Host: x\r\n" + offer)).status == 200);
 }
 
+TEST_CASE("row 40: a server out of descriptors serves again once some are free", "[http]") {
+    const int port = free_port();
+    Child child(with_defaults({"--device=cpu", "--port", std::to_string(port)}), {},
+                {"sh", "-c", "ulimit -n 40 && exec \"$@\"", "sh"});
+    REQUIRE(child.says("\nready in"));
+    // Before a method is called, UBSan asks the kernel through a pipe whether the object is there.
+    if (read_file(text("/proc/%d/maps", child.id())).find("libubsan") != std::string::npos)
+        SKIP_BECAUSE("without a free descriptor UBSan takes each object for none");
+    {
+        std::list<Raw> many;
+        for (int i = 0; i < 60; i++) many.emplace_back(port);
+        const std::string descriptors = text("/proc/%d/fd", child.id());
+        CHECK(eventually([&] {
+            const std::filesystem::directory_iterator begin(descriptors);
+            return std::distance(begin, {}) == 40;
+        }));
+        for (; !many.empty(); many.pop_front()) {  // each frees a descriptor for another
+            many.front().write(getting("/health"));
+            REQUIRE(split(many.front().read_until(never)).status == 200);
+        }
+    }
+    CHECK(ask(completions, two_tokens, port)["usage"]["completion_tokens"] == 2);
+    child.terminate();
+    CHECK(child.exit_status() == 0);
+}
+
 TEST_CASE("F14: a target may be a whole URL, as a proxy's client sends it", "[http]") {
     for (const char* target : {"http://127.0.0.1:8080/health", "HTTP://anything/health?x=1",
                                "https://user@[::1]/health", "/health?a=?&b=%zz", "/health#x"}) {
@@ -1292,6 +1318,44 @@ TEST_CASE("a server of these tests inherits nothing of what starts them", "[http
     }
     std::signal(SIGTERM, term);
     close(inherited);
+}
+
+TEST_CASE("row 41: a server that is stopped and continued goes on", "[http]") {
+    Server s({}, {"GEMMA_FAKE_STEP_MS=2"});
+    const auto stop_and_continue = [&](const std::function<void()>& meanwhile) {
+        kill(s.id(), SIGSTOP);
+        const bool stopped = eventually([&] {
+            const std::string stat = read_file(text("/proc/%d/stat", s.id()));
+            return stat.substr(stat.rfind(')')).starts_with(") T");
+        });
+        meanwhile();
+        kill(s.id(), SIGCONT);
+        return stopped;
+    };
+    CHECK(stop_and_continue([] {}));  // while it waits for a connection
+    CHECK(get("/health", s.port).status == 200);
+    const json body{{"prompt", "The server answers"},
+                    {"max_tokens", 400},
+                    {"temperature", 0},
+                    {"ignore_eos", true}};
+    const json whole = comparable(ask(completions, body, s.port));
+    // On a busy machine the stream may be over before it is stopped: then again.
+    CHECK(eventually([&] {
+        Raw raw(s.port);
+        raw.write(posting("HTTP/1.0", with(body, {{"stream", true}})));
+        raw.read_until("data: ");
+        bool amid = false;
+        const bool stopped = stop_and_continue([&] {
+            std::string come(1 << 20, '\0');
+            const ssize_t n = recv(raw.handle(), come.data(), come.size(), MSG_PEEK | MSG_DONTWAIT);
+            come.resize(size_t(std::max<ssize_t>(0, n)));
+            amid = come.find("[DONE]") == come.npos;
+        });
+        const Stream after = read_events({200, split(raw.read_until(never)).body, {}});
+        CHECK((stopped && after.done));
+        CHECK(merged(after, 1) == whole);
+        return amid;
+    }));
 }
 
 TEST_CASE("while loading: unhealthy, and SIGTERM ends it at once", "[http]") {
