@@ -1358,6 +1358,102 @@ TEST_CASE("row 41: a server that is stopped and continued goes on", "[http]") {
     }));
 }
 
+TEST_CASE("row 46: a cache that the server's user may not write serves", "[http]") {
+    namespace fs = std::filesystem;
+    struct Cache {  // of a/b, which is the demo; nobody but root may write it
+        std::string folder = (fs::temp_directory_path() / "gemma-http-XXXXXX").string();
+        Cache() {
+            if (!mkdtemp(folder.data())) throw std::runtime_error("no temporary directory");
+            const fs::path model = fs::path(folder) / "models--a--b";
+            fs::create_directories(model / "refs");
+            std::ofstream(model / "refs/main") << "1";
+            fs::create_directories(model / "snapshots");
+            fs::copy(demo, model / "snapshots/1");
+            allow(0555);
+        }
+        ~Cache() {
+            allow(0755);
+            fs::remove_all(folder);
+        }
+        void allow(unsigned permissions) const {
+            fs::permissions(folder, fs::perms(permissions));
+            for (const auto& entry : fs::recursive_directory_iterator(folder))
+                fs::permissions(entry.path(), fs::perms(permissions));
+        }
+    } const cache;
+    Strings as_nobody;
+    if (geteuid() == 0) {  // root may write all
+        as_nobody = {"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"};
+        Strings may_start = as_nobody;
+        for (const char* word : {"test", "-x"}) may_start.emplace_back(word);
+        if (Child({}, {}, may_start).exit_status() != 0)
+            SKIP_BECAUSE("the user nobody may not start the server");
+    }
+    const int port = free_port();
+    Child child({"a/b", "--host", "127.0.0.1", "--port", std::to_string(port), "--device=cpu"},
+                {"HF_HUB_CACHE=" + cache.folder, "HOME=/no/such/folder"}, as_nobody);
+    REQUIRE(child.says("\nready in"));
+    CHECK(ask(completions, two_tokens, port)["usage"]["completion_tokens"] == 2);
+    child.terminate();
+    CHECK(child.exit_status() == 0);
+}
+
+TEST_CASE("row 47: a path with spaces, percent signs and umlauts is taken as it is", "[http]") {
+    std::string folder = (std::filesystem::temp_directory_path() / "gemma-http-XXXXXX").string();
+    REQUIRE(mkdtemp(folder.data()));
+    const std::string model = folder + "/we ird %s%n \u00fcn\u00ef";
+    std::filesystem::create_directory_symlink(demo, model);
+    const auto flags = [](const std::string& path, int port) {
+        return Strings{path, "--host", "127.0.0.1", "--device=cpu", "--port", std::to_string(port)};
+    };
+    const int port = free_port();
+    {
+        Child child(flags(model, port));
+        REQUIRE(child.says("\nready in"));
+        CHECK(child.says("requests may call the model " + model + ";"));
+        const json card = get("/v1/models", port).parsed()["data"][0];
+        CHECK(card["id"] == model);
+        CHECK(card["root"] == model);
+        const json asked = with(two_tokens, {{"model", model}});
+        CHECK(ask(completions, asked, port)["model"] == model);
+        CHECK(stream(completions, asked, port).done);
+        check_refusal(post(completions, {{"prompt", "a"}, {"model", model + "%s"}}, port), 404,
+                      {"The model `" + model + "%s` does not exist."});
+        CHECK(get("/metrics", port).body.find("model_name=\"" + model + "\"") != std::string::npos);
+        child.terminate();
+        CHECK(child.exit_status() == 0);
+    }
+    Child missing(flags(model + " %d", port));
+    CHECK(missing.exit_status() == 1);
+    CHECK(missing.log().find(model + " %d: found no such directory") != std::string::npos);
+    std::filesystem::remove_all(folder);
+}
+
+TEST_CASE("row 50: a log that cannot be written, and SIGPIPE, end no server", "[http]") {
+    std::string folder = (std::filesystem::temp_directory_path() / "gemma-http-XXXXXX").string();
+    REQUIRE(mkdtemp(folder.data()));
+    const std::string fifo = folder + "/log";
+    REQUIRE(mkfifo(fifo.c_str(), 0600) == 0);
+    for (const std::string& redirections :
+         {std::string(">/dev/full 2>&1"),
+          "8<>" + fifo + " 9>" + fifo + " 8<&- >&9 2>&9 9>&-"}) {  // a pipe that nobody reads
+        for (const int signal : {SIGTERM, SIGINT}) {
+            INFO(redirections << " " << signal);
+            const int port = free_port();
+            Child child(with_defaults({"--port", std::to_string(port)}), {},
+                        {"sh", "-c", "exec \"$@\" " + redirections, "sh"});
+            REQUIRE(eventually([&] { return get("/health", port).status == 200; }));
+            kill(child.id(), SIGPIPE);
+            CHECK(ask(completions, two_tokens, port)["usage"]["completion_tokens"] == 2);
+            CHECK(stream(completions, two_tokens, port).done);
+            CHECK(get("/nothing", port).status == 404);
+            kill(child.id(), signal);
+            CHECK(child.exit_status() == 0);
+        }
+    }
+    std::filesystem::remove_all(folder);
+}
+
 TEST_CASE("while loading: unhealthy, and SIGTERM ends it at once", "[http]") {
     // refs/main in the cache is a FIFO that nothing writes: loading blocks on it.
     std::string folder = (std::filesystem::temp_directory_path() / "gemma-http-XXXXXX").string();
