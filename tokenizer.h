@@ -3,6 +3,7 @@
 // tokenizer.h: text to ids and back. Sitting 2.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -25,10 +26,16 @@ class Tokenizer {
 
     static constexpr int eos = 1, bos = 2;  // fixed for the family and checked at load
 
+    // Called before each 4 KiB or so of a prompt are encoded, with the least number of ids that the
+    // whole prompt can have. What it throws ends the work.
+    using Check = std::function<void(size_t fewest)>;
+    static void unchecked(size_t) {}
+
     // Encodes a user's text: nothing in it can become a control id.
     std::vector<int> encode(std::string_view text) const;
     // Encodes a raw prompt: a control piece that is written out becomes its id. Adds no <bos>.
-    std::vector<int> encode_with_controls(std::string_view text) const;
+    std::vector<int> encode_with_controls(std::string_view text,
+                                          const Check& check = unchecked) const;
     enum class Ending {
         generation_prompt,  // the start of the model's turn follows the messages
         closed,             // nothing follows them
@@ -36,7 +43,8 @@ class Tokenizer {
     };
     // Writes OpenAI messages in Gemma's chat template, <bos> included. Throws std::invalid_argument
     // with the template's own message if roles do not alternate or a content has a wrong type.
-    std::vector<int> chat(const nlohmann::json& messages, Ending ending) const;
+    std::vector<int> chat(const nlohmann::json& messages, Ending ending,
+                          const Check& check = unchecked) const;
 
     // The text of a piece, or the byte of a byte piece; "" for control ids and ids without a piece.
     std::string_view bytes(int id) const;
@@ -46,6 +54,8 @@ class Tokenizer {
 
   private:
     struct Pieces;
+    struct Prompt;
+    std::vector<int> encode(const Prompt& prompt, const Check& check) const;
     std::unique_ptr<Pieces> pieces;
 };
 

@@ -823,6 +823,72 @@ TEST_CASE("a megabyte of anything is encoded") {
         }
 }
 
+// The ids must be those of the whole text, wherever it was divided.
+TEST_CASE("long text is encoded in parts, as if it were encoded at once") {
+    std::vector<std::string> texts{"\u2581", " ", "  ", "\n", "\n\n", ">", "</", "> </", "\t"};
+    for (const json& c : golden("tokenizer.jsonl")) texts.push_back(c["text"]);
+    std::mt19937 random(5);
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        sentencepiece::SentencePieceProcessor whole;
+        REQUIRE(whole.Load((name == "demo" ? demo_file : gemma_file).string()).ok());
+        int parts = 0;
+        for (int round = 0; round < 40; ++round) {
+            std::string text;
+            while (text.size() < 24 << 10) {
+                const std::string& next = texts[random() % texts.size()];
+                // This tokenizer alone takes what names a control id for text.
+                if (next.find('<') == next.npos || next == "</" || next == "> </") text += next;
+            }
+            const auto count = [&](size_t) { ++parts; };
+            CAPTURE(name, round);
+            std::vector<int> expected;
+            REQUIRE(whole.Encode(text, &expected).ok());
+            CHECK(tokenizer->encode_with_controls(text, count) == expected);
+        }
+        CHECK(parts > 40 * 3);
+        std::printf("%s: 40 texts of 24 KiB in %d parts\n", name.c_str(), parts);
+    }
+}
+
+TEST_CASE("F12: encoding ends with what its check throws, and the check knows the least ids") {
+    struct Enough {};
+    std::string text;
+    while (text.size() < 64 << 10) text += "the whole of it ";
+    for (const auto& [name, tokenizer] : vocabularies()) {
+        CAPTURE(name);
+        const Tokenizer& t = *tokenizer;
+        size_t calls = 0, fewest = 0;
+        const auto third = [&](size_t least) {
+            fewest = least;
+            if (++calls == 3) throw Enough{};
+        };
+        CHECK_THROWS_AS(t.encode_with_controls(text, third), Enough);
+        CHECK(calls == 3);
+        CHECK(fewest > 1000);
+        CHECK(fewest <= t.encode(text).size());
+        calls = 0;
+        CHECK_THROWS_AS(t.chat(chat_of(text), Ending::closed, third), Enough);
+        // The longest piece, many times over, is the fewest ids that so many bytes can have.
+        size_t longest = 0;
+        for (int id = 0; id < t.size(); ++id) longest = std::max(longest, t.bytes(id).size());
+        for (int id = 0; id < t.size(); ++id) {
+            const std::string piece(t.bytes(id));
+            if (piece.size() < longest) continue;
+            std::string many;
+            for (int i = 0; i < 100; ++i) many += piece + (i % 2 ? "a" : "b");
+            const auto check = [&](size_t least) { fewest = least; };
+            CHECK(t.encode_with_controls(many, check).size() == 200);
+            CHECK(fewest == (many.size() + longest - 1) / longest);
+            break;
+        }
+        // What the template trims is no text.
+        const auto check = [&](size_t least) { fewest = least; };
+        const size_t count =
+            t.chat(chat_of(text + std::string(1 << 20, ' ')), Ending::closed, check).size();
+        CHECK(fewest <= count);
+    }
+}
+
 TEST_CASE("threads share a tokenizer") {
     std::vector<std::string> texts;
     for (const json& c : golden("tokenizer.jsonl")) texts.push_back(c["text"]);
