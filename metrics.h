@@ -33,6 +33,7 @@ struct TokenTimes {
 struct Figures {
     double running = 0, waiting = 0, pages_used = 0, preemptions = 0;
     double deferred = 0;  // stays 0: a sequence waits for a place or for pages, for nothing else
+    double rejected = 0;
     double prompt_tokens = 0, generated_tokens = 0, cache_queries = 0, cache_hits = 0;
     double stopped = 0, reached_length = 0, aborted = 0;
     Histogram first_token, next_token, whole, queue, inference, prefill, decode;

@@ -1655,6 +1655,7 @@ TEST_CASE("B1: exactly the requests that do not fit into the queue get 429", "[h
     REQUIRE(eventually([&] { return inside() == 8; }));
     // The 429 comes before the prompt is tokenized, and an invalid field is refused before the 429.
     CHECK(full(whole({{"prompt", std::string(1 << 20, 'a')}})));
+    CHECK(metric(s.port, "vllm:admission_rejections_total") == 4);
     CHECK(whole({{"prompt", 5}}).status == 400);
     CHECK(whole({{"model", "gpt-4"}}).status == 404);
     CHECK(get("/health", s.port).status == 200);
