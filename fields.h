@@ -31,14 +31,6 @@ using nlohmann::json;
     throw Refusal{400, message, param};
 }
 
-// Strict: nlohmann takes a NUL for the end of the text and ignores what follows it; a control
-// character in its place is an error wherever it stands. check: nlohmann's callback, if any.
-inline json parse_json(std::string_view text, const json::parser_callback_t& check = nullptr) {
-    const size_t nul = text.find('\0');
-    if (nul == text.npos) return json::parse(text, check);
-    return json::parse(std::string(text.substr(0, nul)) + '\1', check);
-}
-
 // JSON text, valid UTF-8 whatever the bytes. U+0085, U+2028 and U+2029 are escaped, because clients
 // that divide a stream by Python's splitlines() would break an event there. In linear time: a text
 // may be megabytes of them.

@@ -443,7 +443,8 @@ struct HttpServer::Library : httplib::Server {
         }
         const char* trace =
             head.has("X-Cloud-Trace-Context") ? "X-Cloud-Trace-Context" : "traceparent";
-        return route.answer({path, std::move(body), head.get("X-Request-Id"), head.get(trace)});
+        return route.answer({path, std::move(body), head.get("X-Request-Id"), head.get(trace),
+                             [&] { return !connection.is_peer_alive(); }});
     }
 };
 

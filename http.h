@@ -21,6 +21,8 @@ struct HttpRequest {
     std::string path, body;
     std::string id;     // the header X-Request-Id
     std::string trace;  // the header X-Cloud-Trace-Context, else traceparent
+    // Only while a route answers.
+    std::function<bool()> client_left = [] { return false; };
 };
 
 struct HttpReply {

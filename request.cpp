@@ -129,8 +129,22 @@ std::vector<int> parse_ids(const Served& served, const json& list, const char* p
     return ids;
 }
 
-std::vector<int> encode_prompt(const Served& served, const std::string& prompt, bool add_bos) {
-    std::vector<int> ids = served.tokenizer->encode_with_controls(prompt);
+// Refuses text that cannot fit, however long its pieces are, before it is tokenised.
+Tokenizer::Check check_text(const Served& served, const Request& r, const GoOn& go_on) {
+    return [&](size_t fewest) {
+        go_on();
+        const bool is_cut = r.truncate_prompt_tokens >= 0;
+        if (is_cut || fewest <= size_t(served.max_model_len)) return;
+        refuse(r.chat ? "messages" : "prompt",
+               "This model's maximum context length is %d tokens. However, you requested at least "
+               "%zu tokens in the messages, Please reduce the length of the messages.",
+               served.max_model_len, fewest);
+    };
+}
+
+std::vector<int> encode_prompt(const Served& served, const std::string& prompt, bool add_bos,
+                               const Tokenizer::Check& check) {
+    std::vector<int> ids = served.tokenizer->encode_with_controls(prompt, check);
     if (add_bos) ids.insert(ids.begin(), Tokenizer::bos);
     for (const int id : ids) check_id(id, served.checkpoint->config.V, "prompt");
     return ids;
@@ -218,6 +232,8 @@ std::string text_of(const json& content) {  // of what template_content returns
 // stack. (The library's own callback could count them, but with one it takes time that is quadratic
 // in a list's length.)
 json parse_body(const std::string& body) {
+    const size_t nul = body.find('\0');  // the library takes it for the end of the body
+    if (nul != body.npos) refuse("", "the body is not valid JSON, at byte %zu", nul + 1);
     int depth = 0;
     bool in_string = false;
     for (size_t i = 0; i < body.size(); i++) {
@@ -229,7 +245,7 @@ json parse_body(const std::string& body) {
         if (depth > 64) refuse("", "the body is nested more than 64 levels deep");
     }
     try {
-        json parsed = parse_json(body);
+        json parsed = json::parse(body);
         if (!parsed.is_object()) refuse("", "the body must be a JSON object");
         return parsed;
     } catch (const json::parse_error& e) {
@@ -250,7 +266,7 @@ std::string own_id(const std::string& given) {
 // A string, a list of strings, a list of ids, or a list of lists of ids: as a list of prompts.
 json list_prompts(const json& body) {
     const json prompt = body.value("prompt", json());
-    if (prompt.is_null())
+    if (prompt.is_null() || prompt == "")  // "" in a list is a prompt: <bos> alone, as in vLLM
         refuse("prompt", "Either prompt or prompt_embeds must be provided and non-empty.");
     const bool ids = prompt.is_array() && !prompt.empty() && prompt[0].is_number();
     const json list = ids || prompt.is_string() ? json::array({prompt}) : prompt;
@@ -265,11 +281,12 @@ json list_prompts(const json& body) {
     return list;
 }
 
-void parse_prompts(const Served& served, const json& list, Request& r) {
+void parse_prompts(const Served& served, const json& list, Request& r, const GoOn& go_on) {
+    const Tokenizer::Check check = check_text(served, r, go_on);
     const size_t most = r.truncate_prompt_tokens < 0 ? SIZE_MAX : size_t(r.truncate_prompt_tokens);
     for (const json& one : list) {
         auto ids = one.is_string() ? encode_prompt(served, one.get_ref<const std::string&>(),
-                                                   r.add_special_tokens)
+                                                   r.add_special_tokens, check)
                                    : parse_ids(served, one, "prompt");
         const bool cut = ids.size() > most, bos = one.is_string() && r.add_special_tokens;
         if (cut) ids.erase(ids.begin(), ids.end() - ptrdiff_t(most));
@@ -285,7 +302,7 @@ void parse_prompts(const Served& served, const json& list, Request& r) {
     }
 }
 
-void parse_messages(const Served& served, const json& body, Request& r) try {
+void parse_messages(const Served& served, const json& body, Request& r, const GoOn& go_on) try {
     json messages = body.value("messages", json());
     for (size_t i = 0; messages.is_array() && i < messages.size(); i++) {
         json& message = messages[i];
@@ -294,10 +311,10 @@ void parse_messages(const Served& served, const json& body, Request& r) try {
         message["content"] = template_content(message.value("content", json()), i);
     }
     using Ending = Tokenizer::Ending;
-    auto ids =
-        served.tokenizer->chat(messages, r.continue_final_message  ? Ending::open
-                                         : r.add_generation_prompt ? Ending::generation_prompt
-                                                                   : Ending::closed);
+    const Ending ending = r.continue_final_message  ? Ending::open
+                          : r.add_generation_prompt ? Ending::generation_prompt
+                                                    : Ending::closed;
+    auto ids = served.tokenizer->chat(messages, ending, check_text(served, r, go_on));
     if (r.add_special_tokens) ids.insert(ids.begin(), Tokenizer::bos);  // beside the template's own
     const auto most = r.truncate_prompt_tokens;
     if (most > 0 && int64_t(ids.size()) > most) ids.erase(ids.begin(), ids.end() - most);
@@ -372,7 +389,7 @@ Request parse_request(const Served& served, const json& body, bool chat) {
     return r;
 }
 
-Request parse_tokenize(const Served& served, const json& body) {
+Request parse_tokenize(const Served& served, const json& body, const GoOn& go_on) {
     Request r;
     r.chat = body.contains("messages");
     r.add_special_tokens = !r.chat;
@@ -385,10 +402,11 @@ Request parse_tokenize(const Served& served, const json& body) {
     if (!r.chat && !prompt.is_string())
         refuse("prompt", "prompt must be a string, got %s", show(prompt).c_str());
     if (r.chat) {
-        parse_messages(served, body, r);
+        parse_messages(served, body, r, go_on);
     } else {
         const auto& text = prompt.get_ref<const std::string&>();
-        r.prompts.push_back(encode_prompt(served, text, r.add_special_tokens));
+        const Tokenizer::Check check = check_text(served, r, go_on);
+        r.prompts.push_back(encode_prompt(served, text, r.add_special_tokens, check));
     }
     return r;
 }

@@ -51,6 +51,9 @@ struct Request {
     std::map<int, double> logit_bias;
 };
 
+// Tokenising a request can take seconds. This is called amid it, and what it throws ends the work.
+using GoOn = std::function<void()>;
+
 // Each of these throws a Refusal that names the field.
 json parse_body(const std::string& body);  // an object, nested at most 64 deep
 // All that can be said of a request before its text is looked at.
@@ -58,12 +61,13 @@ Request parse_request(const Served& served, const json& body, bool chat);
 json list_prompts(const json& body);  // "prompt", as a list of prompts
 // A client's own id for its request; "" if it cannot stand in JSON and in a log as it is.
 std::string own_id(const std::string& given);
-void parse_prompts(const Served& served, const json& list, Request& r);   // -> prompts, echoed
-void parse_messages(const Served& served, const json& body, Request& r);  // the same
-void check_model(const Served& served, const std::string& name);          // 404
+// Both fill r.prompts and r.echoed.
+void parse_prompts(const Served& served, const json& list, Request& r, const GoOn& go_on);
+void parse_messages(const Served& served, const json& body, Request& r, const GoOn& go_on);
+void check_model(const Served& served, const std::string& name);  // 404
 void check_length(const Served& served, const Request& r, size_t prompt_tokens);
 void check_scores(const Request& r);
-Request parse_tokenize(const Served& served, const json& body);  // with one prompt
+Request parse_tokenize(const Served& served, const json& body, const GoOn& go_on);  // one prompt
 std::vector<int> parse_detokenize(const Served& served, const json& body);
 
 // One for each choice: choice i of prompt p has the index p * n + i, and the seed plus i.

@@ -19,6 +19,7 @@
 #include <malloc.h>
 
 #include "fields.h"
+#include "info.h"
 #include "writer.h"
 
 namespace gemma {
@@ -55,8 +56,11 @@ struct Visit {
 HttpReply start_answer(std::shared_ptr<Visit> visit, Request request, std::shared_ptr<Inbox> inbox,
                        Sequences sequences);
 
-HttpReply json_reply(const ordered& body) {
-    return {body.dump(-1, ' ', false, json::error_handler_t::replace), "application/json", {}};
+// Nothing is parsed or tokenised for a client that has left: its 4 MiB would hold up the others.
+void need_client(const Service& service, const HttpRequest& http) {
+    if (!http.client_left()) return;
+    if (service.cut) throw Refusal{503, "the server is shutting down", ""};  // it ended the reads
+    throw Refusal{499, "the client has left", ""};
 }
 
 // A handler gets what it needs to answer, and throws a Refusal when it will not.
@@ -69,15 +73,16 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
     const json prompts = chat ? json() : list_prompts(body);
     Request r = parse_request(served, body, chat);
     r.id = own_id(http.id);
+    const GoOn go_on = [&] { need_client(visit->service, http); };
     const int count = (chat ? 1 : int(prompts.size())) * int(r.n);
     if (count > 128)
         refuse("n", "prompts times n must be at most 128, got %zu x %d", prompts.size(), int(r.n));
     engine.enter(count);  // before tokenising, which costs the most of what a refused request costs
     try {
         if (chat)
-            parse_messages(served, body, r);
+            parse_messages(served, body, r, go_on);
         else
-            parse_prompts(served, prompts, r);
+            parse_prompts(served, prompts, r, go_on);
         for (const auto& prompt : r.prompts) check_length(served, r, prompt.size());
         check_scores(r);
         const auto inbox = std::make_shared<Inbox>();
@@ -90,51 +95,6 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
     }
 }
 
-HttpReply tokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
-    return json_reply(tokenize_json(visit->service.served, body));
-}
-
-HttpReply detokenize(const std::shared_ptr<Visit>& visit, const HttpRequest&, const json& body) {
-    const Served& served = visit->service.served;
-    return json_reply({{"prompt", served.tokenizer->decode(parse_detokenize(served, body), true)}});
-}
-
-ordered card(Service& service, const std::string& name) {
-    return model_card(name, service.options.model, service.served.max_model_len,
-                      service.draw_hex());
-}
-
-// All of them, or the one that the path names.
-HttpReply list_models(const std::shared_ptr<Visit>& visit, const HttpRequest& http, const json&) {
-    Service& service = visit->service;
-    const std::string all = "/v1/models";
-    if (http.path != all) {
-        const std::string name = http.path.substr(all.size() + 1);
-        check_model(service.served, name.empty() ? "/" : name);  // no model is "/"; "" is the first
-        return json_reply(card(service, name));
-    }
-    ordered list = ordered::parse(R"({"object":"list","data":[]})");
-    for (const std::string& name : service.served.names)
-        list["data"].push_back(card(service, name));
-    return json_reply(list);
-}
-
-HttpReply metrics_page(Service& service) {
-    if (!service.locked([&] { return service.ready; }))
-        throw Refusal{503, "the model is loading", ""};
-    return {service.metrics->page(service.served.names[0], service.cache_config),
-            "text/plain; version=0.0.4; charset=utf-8",
-            {}};
-}
-
-HttpReply health(Service& service) {
-    return service.locked([&]() -> HttpReply {
-        if (service.leaving) throw Refusal{503, "the server is shutting down", ""};
-        if (!service.ready) throw Refusal{503, "the model is loading", ""};
-        return {};
-    });
-}
-
 // Large requests take turns; then malloc_trim gives back the memory that glibc would keep.
 struct LargeTurn {
     const std::lock_guard<std::mutex> lock;
@@ -144,10 +104,10 @@ struct LargeTurn {
 
 HttpReply body_reply(Service& service, Handler handler, const HttpRequest& http) {
     const auto visit = std::make_shared<Visit>(service, http.path, http.trace);
-    const auto answer = [&] { return handler(visit, http, parse_body(http.body)); };
-    if (http.body.size() <= 64 << 10) return answer();
-    const LargeTurn turn(service.large);
-    return answer();
+    std::optional<LargeTurn> turn;
+    if (http.body.size() > 64 << 10) turn.emplace(service.large);
+    need_client(service, http);
+    return handler(visit, http, parse_body(http.body));
 }
 
 // A request for text that is refused has its line in the log, as an answer has (~Answer).
@@ -179,12 +139,20 @@ std::vector<Route> Service::routes() {
         return {"GET", path, [this, handler](const HttpRequest&) { return handler(*this); }};
     };
     const auto models = [this](const HttpRequest& http) {
-        return list_models(std::make_shared<Visit>(*this, "/v1/models", http.trace), http, {});
+        const Visit visit(*this, "/v1/models", http.trace);
+        return list_models(*this, http);
     };
     return {on_post("/v1/completions", generation_reply, generate<false>),
             on_post("/v1/chat/completions", generation_reply, generate<true>),
-            on_post("/tokenize", body_reply, tokenize),
-            on_post("/detokenize", body_reply, detokenize),
+            on_post("/tokenize", body_reply,
+                    [](const auto& visit, const auto& http, const json& body) {
+                        const GoOn go_on = [&] { need_client(visit->service, http); };
+                        return tokenize(visit->service.served, body, go_on);
+                    }),
+            on_post("/detokenize", body_reply,
+                    [](const auto& visit, const auto&, const json& body) {
+                        return detokenize(visit->service.served, body);
+                    }),
             {"GET", "/v1/models", models},
             {"GET", "/v1/models/", models},
             on_get("/health", health),
@@ -192,13 +160,8 @@ std::vector<Route> Service::routes() {
             {"POST", "/ping", [this](const HttpRequest&) { return health(*this); },
              /*body=*/false},
             on_get("/metrics", metrics_page),
-            on_get("/load",
-                   [](Service& s) {
-                       return json_reply({{"server_load", s.locked([&] { return s.generating; })}});
-                   }),
-            on_get("/version", [](Service&) {
-                return json_reply({{"version", GEMMA_VERSION}});
-            })};
+            on_get("/load", load),
+            on_get("/version", version)};
 }
 
 namespace {
@@ -466,12 +429,14 @@ Engine::~Engine() {
 
 void Engine::enter(int count) {
     const std::lock_guard lock(mutex);
-    if (places_taken + count > most_places)
+    if (places_taken + count > most_places) {
+        metrics.change([](Figures& f) { f.rejected++; });
         throw Refusal{429,
                       text("the queue is full: %d sequences run or wait, of at most %d, and this "
                            "request has %d: try again soon",
                            places_taken, most_places, count),
                       ""};
+    }
     places_taken += count;
 }
 

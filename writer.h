@@ -18,8 +18,6 @@
 
 namespace gemma {
 
-using ordered = nlohmann::ordered_json;  // what is written keeps vLLM's order of keys
-
 // What has come for one choice and is not written yet.
 struct Choice {
     Choice(const Tokenizer& t, bool controls) : detokenizer(t, controls) {}
@@ -203,37 +201,5 @@ class Writer {
     const std::string id;
     const long created = std::time(nullptr);
 };
-
-// The answer of /tokenize.
-inline ordered tokenize_json(const Served& served, const json& body) {
-    const Request r = parse_tokenize(served, body);
-    const std::vector<int>& ids = r.prompts[0];
-    ordered names;  // null unless asked for
-    if (r.token_strs) names = ordered::array();
-    for (size_t i = 0; r.token_strs && i < ids.size(); i++)
-        names.push_back(std::string(served.tokenizer->name(ids[i])));
-    return {{"count", ids.size()},
-            {"max_model_len", served.max_model_len},
-            {"tokens", ids},
-            {"token_strs", names}};
-}
-
-// An entry of /v1/models. root: what the server was started with.
-inline ordered model_card(const std::string& name, const std::string& root, int max_model_len,
-                          const std::string& hex) {
-    ordered model = ordered::parse(R"({"id":0,"object":"model","created":0,"owned_by":"vllm",
-        "root":0,"parent":null,"max_model_len":0,"permission":[{"id":0,
-        "object":"model_permission","created":0,"allow_create_engine":false,
-        "allow_sampling":true,"allow_logprobs":true,"allow_search_indices":false,
-        "allow_view":true,"allow_fine_tuning":false,"organization":"*","group":null,
-        "is_blocking":false}]})");
-    ordered& permission = model["permission"][0];
-    model["id"] = name;
-    model["root"] = root;
-    model["max_model_len"] = max_model_len;
-    model["created"] = permission["created"] = std::time(nullptr);
-    permission["id"] = "modelperm-" + hex;
-    return model;
-}
 
 }  // namespace gemma

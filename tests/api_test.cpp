@@ -243,7 +243,7 @@ TEST_CASE("what the model sees of a prompt: <bos>, and a prompt cut on the left"
         {completions, {{"prompt", words}, {"add_special_tokens", false}}, bare},
         {completions, {{"prompt", bare}}, bare},
         {completions, {{"prompt", bare}, {"add_special_tokens", true}}, bare},
-        {completions, {{"prompt", ""}}, {2}},
+        {completions, {{"prompt", json::array({""})}}, {2}},
         {completions, {{"prompt", words}, {"truncate_prompt_tokens", 3}}, plus({2}, last(bare, 2))},
         {completions, {{"prompt", words}, {"truncate_prompt_tokens", 1}}, {2}},
         {completions, {{"prompt", words}, {"truncate_prompt_tokens", size}}, whole},
@@ -258,8 +258,10 @@ TEST_CASE("what the model sees of a prompt: <bos>, and a prompt cut on the left"
         expected[0] = -1;
         CHECK(seen(row.path, row.fields) == expected);
     }
-    check_refusal(post(completions, {{"prompt", ""}, {"add_special_tokens", false}}), 400,
-                  {"prompt has no token"});
+    check_refusal(post(completions, {{"prompt", ""}}), 400,
+                  {"Either prompt or prompt_embeds must be provided and non-empty."});
+    check_refusal(post(completions, {{"prompt", json::array({""})}, {"add_special_tokens", false}}),
+                  400, {"prompt has no token"});
     check_refusal(post(completions, {{"prompt", {"a", ""}}, {"add_special_tokens", false}}), 400,
                   {"prompt has no token"});
 }
@@ -363,7 +365,7 @@ TEST_CASE("echo: the prompt's text before the output, in every form of a prompt"
 
 TEST_CASE("echo: no prompt, a cut prompt, and a prompt with end tokens in it", "[http]") {
     const std::tuple<json, json, std::string> table[]{
-        {"", json::object(), ""},
+        {json::array({""}), json::object(), ""},
         {"Cloud Run is", {{"truncate_prompt_tokens", 2}}, " is"},
         {"Cloud Run is", {{"truncate_prompt_tokens", 1}}, ""},
         {"Cloud Run is", {{"add_special_tokens", false}}, "Cloud Run is"},
@@ -1453,10 +1455,10 @@ TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
     const std::map<std::string, Strings> families{
         {"gauge", words("num_requests_running num_requests_waiting gpu_cache_usage_perc "
                         "kv_cache_usage_perc cache_config_info num_requests_waiting_by_reason")},
-        {"counter",
-         words("prompt_tokens_total generation_tokens_total request_success_total "
-               "num_preemptions_total gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total "
-               "prefix_cache_queries_total prefix_cache_hits_total")},
+        {"counter", words("prompt_tokens_total generation_tokens_total request_success_total "
+                          "num_preemptions_total admission_rejections_total "
+                          "gpu_prefix_cache_queries_total gpu_prefix_cache_hits_total "
+                          "prefix_cache_queries_total prefix_cache_hits_total")},
         {"histogram",
          words("time_to_first_token_seconds time_per_output_token_seconds "
                "inter_token_latency_seconds e2e_request_latency_seconds "

@@ -624,6 +624,19 @@ TEST_CASE("a request that is too long is refused in vLLM's words", "[http]") {
     check_refusal(
         post(chat, base(chat, words)), 400,
         {"maximum context length is 32768 tokens", "Please reduce the length of the messages."});
+    // The longest piece of the demo's vocabulary has 31 bytes.
+    const std::string most(31 * 32768, '\n');
+    check_refusal(post(completions, {{"prompt", most}, {"max_tokens", 1}}), 400,
+                  {"you requested 32770 tokens"});
+    for (const std::string& path : {completions, chat}) {
+        const json body = base(path, "a" + most + "a");  // a chat's template would trim the lines
+        for (const std::string& route : {path, std::string("/tokenize")})
+            check_refusal(post(route, body), 400, {"you requested at least 327"});
+    }
+    CHECK(post("/tokenize", {{"prompt", most}}).parsed()["count"] == 32769);
+    const Reply cut = post(
+        completions, {{"prompt", most + "\n"}, {"truncate_prompt_tokens", 9}, {"max_tokens", 1}});
+    CHECK(cut.parsed()["usage"]["prompt_tokens"] == 9);
     const Reply fits =
         post(completions,
              {{"prompt", Ids(30, 200)}, {"max_tokens", 32738}, {"stop", {"e", "a", " ", "o"}}});

@@ -213,6 +213,35 @@ TEST_CASE("no prompt, answer or key is in the log", "[http]") {
     }
 }
 
+TEST_CASE("F12: nothing is parsed or tokenised for a client that has left", "[http]") {
+    Server s;
+    const std::string words(48 << 10,
+                            'a');  // refused with 400 if it were tokenised: over the limit
+    std::vector<std::string> ids;
+    kill(s.id(), SIGSTOP);              // so that each client has left before its request is read
+    for (const size_t size : {1, 2}) {  // within 64 KiB, and a body that takes turns with others
+        for (const int i : {1, 2, 3, 4}) {
+            ids.push_back(text("left-%zu-%d", size, i));
+            const Raw raw(s.port);
+            const int room = 200 << 10;
+            setsockopt(raw.handle(), SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+            json body{{"prompt", ""}};
+            for (size_t n = 0; n < size; n++) body["prompt"] = std::string(body["prompt"]) + words;
+            std::string request = raw_post(completions, body);
+            request.insert(request.find("Host:"), "X-Request-Id: " + ids.back() + "\r\n");
+            REQUIRE(raw.write(request));
+        }
+    }
+    kill(s.id(), SIGCONT);
+    REQUIRE(ask_as("stays", s.port, short_text).status == 200);
+    for (const std::string& id : ids) {
+        INFO(id);
+        CHECK(s.says(id + "\n"));
+        const std::string log = s.log(), line = log.substr(0, log.find(id));
+        CHECK(line.substr(line.rfind('\n') + 1).find("status 499") != std::string::npos);
+    }
+}
+
 TEST_CASE("a generation's line for people, and none with --disable-log-requests", "[http]") {
     {
         Server s;
