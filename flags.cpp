@@ -103,6 +103,21 @@ const OtherFlags other_flags[]{
      " ray-workers-use-nsight scheduler-reserve-full-isl skip-mm-profiling trust-remote-code"
      " use-tqdm-on-load use-v2-block-manager",
      any},
+    {a_switch,
+     "cohere-is-reasoning-model data-parallel-multi-port-external-lb"
+     " enable-batch-sharded-sampling enable-cumem-allocator enable-fault-tolerance"
+     " enable-flash-late-interaction enable-hc-sp enable-mamba-cache-stochastic-rounding"
+     " enable-mamba-shared-prefix-checkpoint enable-mixed-moe-lora-format"
+     " enable-moe-shared-loras enable-nccl-comm-suspend enable-shm-tensor-arena"
+     " enable-tower-connector-lora dcp-q-replicate jit-monitor-verbose"
+     " long-prefill-token-threshold-adaptive mm-device-do-normalize monokernel"
+     " sleep-mode-offload-cudagraph specialize-active-lora swa-bounded-replay"
+     " use-fp64-gumbel use-replayssm",
+     any},
+    {a_switch, "enable-scale-out enable-trace-replay", "false", "/v1/completions is served"},
+    {a_switch, "mm-encoder-only", "false", "the language model is what is served"},
+    {a_switch, "return-sampling-mask", "false", "requests may ask for 20 logprobs"},
+    {a_switch, "trust-request-mm-kwargs", "false", "only text is served"},
     {a_switch, "enable-prefix-caching", "true", "prompts always share their common beginning"},
     {a_switch, "allow-credentials", "false", "browsers are answered without credentials"},
     {a_switch, "enable-auto-tool-choice", "false", "tools are not offered"},
@@ -149,12 +164,27 @@ const OtherFlags other_flags[]{
      " performance-mode preemption-mode prefix-caching-hash-algo profiler-config"
      " pt-load-map-location renderer-num-workers safetensors-load-strategy"
      " scheduler-delay-factor show-hidden-metrics-for-version structured-outputs-config"
+     " anthropic-disabled-thinking-effort cohere-format cpu-distributed-timeout-seconds"
+     " custom-histogram-buckets data-parallel-supervisor-port"
+     " dp-supervisor-probe-failure-threshold dp-supervisor-probe-interval-s"
+     " dp-supervisor-probe-timeout-s dp-sync-interval ec-manager-config"
+     " elastic-ep-max-dp-size fault-tolerance-config gdn-prefill-backend ir-op-priority"
+     " jit-monitor-mode kda-decode-backend kda-prefill-backend kv-cache-metrics-sample"
+     " linear-backend log-level logging-config mamba-cache-philox-rounds mamba-ssu-algorithm"
+     " max-lora-cls-labels mm-encoder-attn-dtype mm-encoder-fp8-scale-path"
+     " mm-encoder-fp8-scale-save-margin mm-encoder-fp8-scale-save-path mm-hasher-algorithm"
+     " mm-ipc-gpu-memory-gb mm-processor-device mm-tensor-ipc per-request-spec-decode-metrics"
+     " prefill-schedule-interval prefix-cache-retention-interval prefix-match-unit"
+     " replayssm-buffer-len safetensors-prefetch-block-size safetensors-prefetch-num-threads"
+     " sleep-mode-backend sparse-indexer-topk-backend tool-strict-level video-pruning-method"
+     " watchdog-config watermark"
      " swap-space tokenizer-pool-extra-config tokenizer-pool-size tokenizer-pool-type"
      " ubatch-size uvicorn-log-level video-pruning-rate",
      any},
     {many_values,
      "allowed-media-domains cuda-graph-sizes cudagraph-capture-sizes ignore-patterns"
-     " kv-cache-dtype-skip-layers numa-bind-cpus numa-bind-nodes offload-params",
+     " kv-cache-dtype-skip-layers lora-target-modules numa-bind-cpus numa-bind-nodes offload-params"
+     " sleep-preserve-parameter-names",
      any},
     {one_value,
      "data-parallel-size decode-context-parallel-size nnodes pipeline-parallel-size"
@@ -165,7 +195,7 @@ const OtherFlags other_flags[]{
     {one_value, "api-server-count", "1", "one process serves all connections"},
     {one_value, "dtype", "auto bfloat16", "weights are bf16, and others are converted to it"},
     {one_value, "kv-cache-dtype", "auto bfloat16", "K and V are bf16 on a GPU and fp32 on a CPU"},
-    {one_value, "quantization", "", "give a checkpoint of bf16, fp16 or fp32"},
+    {one_value, "quantization quantization-config", "", "give a checkpoint of bf16, fp16 or fp32"},
     {one_value, "load-format", "auto safetensors", "the directory must have safetensors"},
     {one_value, "config-format", "auto hf", "the directory must have config.json"},
     {one_value, "tokenizer-mode", "auto hf slow", "the tokenizer is SentencePiece"},
@@ -198,8 +228,20 @@ const OtherFlags other_flags[]{
      "cpu-offload-params ec-transfer-config kv-events-config kv-transfer-config"
      " weight-transfer-config",
      "", "K, V and weights stay in this process"},
-    {one_value, "speculative-config speculative-model num-speculative-tokens", "",
-     "each step gives a token to each sequence"},
+    {one_value,
+     "speculative-config speculative-model num-speculative-tokens spec-method spec-model"
+     " spec-tokens",
+     "", "each step gives a token to each sequence"},
+    {one_value, "max-num-queued-reqs max-num-queued-tokens", "",
+     "--max-queue says how many sequences may wait"},
+    {one_value, "max-num-active-seqs", "", "--max-num-seqs says how many sequences run"},
+    {one_value, "max-num-scheduled-tokens", "", "--max-num-batched-tokens is a step's size"},
+    {many_values, "device-ids", "", "set $CUDA_VISIBLE_DEVICES to one GPU"},
+    {one_value, "sse-keep-alive-interval", "0", "a stream has events and no comments"},
+    {one_value, "aux-output-config diffusion-config engram-config watermark-config", "",
+     "the model is computed as it was trained"},
+    {one_value, "model-class-overrides reasoning-effort-map", "{}", "the model is Gemma 3"},
+    {one_value, "grpc-port", "", "one process serves HTTP"},
     {one_value, "scheduling-policy", "fcfs", "first come, first served"},
     {one_value, "scheduler-cls worker-cls worker-extension-cls", "auto",
      "no Python class can be loaded"},
@@ -222,6 +264,7 @@ const OtherFlags other_flags[]{
     {one_value, "ssl-cert-reqs", "0", "put a proxy with TLS in front"},
     {one_value, "root-path", "\"\"", "let the proxy strip the path"},
     {one_value, "uds", "", "give --host and --port"},
+    {one_value, "fingerprint-value", "", "answers have no system_fingerprint"},
     {one_value, "fingerprint-mode", "none", "answers have no system_fingerprint"},
     {one_value, "h11-max-header-count", "256", "a request's head may have 64 KiB"},
     {one_value, "h11-max-incomplete-event-size", "4194304", "a request's head may have 64 KiB"},
@@ -245,6 +288,8 @@ const std::pair<const char*, const char*> aliases[]{
     {"-dpb", "--data-parallel-backend"},
     {"-dph", "--data-parallel-hybrid-lb"},
     {"-dpe", "--data-parallel-external-lb"},
+    {"-dpm", "--data-parallel-multi-port-external-lb"},
+    {"-dc", "--diffusion-config"},
     {"-ep", "--enable-expert-parallel"},
     {"-asc", "--api-server-count"},
     {"-cc", "--compilation-config"},
@@ -254,6 +299,7 @@ const std::pair<const char*, const char*> aliases[]{
     {"-r", "--node-rank"},
     {"-q", "--quantization"},
     {"-O", "--optimization-level"},
+    {"--device-memory-utilization", "--gpu-memory-utilization"},
     {"--enable-log-requests", "--no-disable-log-requests"},
     {"--no-enable-log-requests", "--disable-log-requests"},
 };

@@ -554,9 +554,12 @@ void Service::open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
     served.tokenizer = &tokenizer;
     served.limits = limits;
     served.max_model_len = max_model_len;
+    const long most_tokens = long(limits.pages[global_pool]) * page_tokens;
     cache_config = text(R"(,block_size="%d",num_gpu_blocks="%d",num_local_blocks="%d",)"
-                        R"(cache_dtype="auto",enable_prefix_caching="True")",
-                        page_tokens, limits.pages[global_pool], limits.pages[local_pool]);
+                        R"(cache_dtype="auto",enable_prefix_caching="True",)"
+                        R"(kv_cache_size_tokens="%ld",kv_cache_max_concurrency="%.2f")",
+                        page_tokens, limits.pages[global_pool], limits.pages[local_pool],
+                        most_tokens, double(most_tokens) / max_model_len);
     metrics.emplace(max_model_len);
     engine.emplace(std::move(model), limits, int(options.max_queue), *metrics);
     locked([&] { ready = true; });

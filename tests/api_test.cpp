@@ -1475,7 +1475,9 @@ TEST_CASE("metrics: every family, of its type and with its buckets", "[http]") {
     }
     CHECK(m("cache_config_info") == 1);
     CHECK(m.labels("cache_config_info").find(R"(block_size="32")") != std::string::npos);
-    CHECK(m.labels("cache_config_info").find("num_gpu_blocks=\"") != std::string::npos);
+    for (const char* label :
+         {"num_gpu_blocks=\"", "kv_cache_size_tokens=\"", "kv_cache_max_concurrency=\""})
+        CHECK(m.labels("cache_config_info").find(label) != std::string::npos);
     for (const char* reason : {"stop", "length", "abort"})
         CHECK(m("request_success_total", text(R"(finished_reason="%s")", reason)) >= 0);
     // Of each histogram the first bucket's edge, one in the middle, and the last before +Inf.
