@@ -82,6 +82,8 @@ TEST_CASE("D11: neutral flags are taken, and named once in one line", "[flags]")
           "--tensor-parallel-size, --trust-remote-code, --uvicorn-log-level\n");
     CHECK(said_of({"--dtype", "auto", "DIR"}) == "without effect here: --dtype\n");
     CHECK(said_of({"DIR"}) == "");
+    CHECK(said_of({"--use-fp64-gumbel", "--watermark", "0.1", "--device-memory-utilization=0.5"}) ==
+          "without effect here: --use-fp64-gumbel, --watermark\n");
     CHECK(said_of({"--no-enable-chunked-prefill"}) ==
           "without effect here: --enable-chunked-prefill\n");
 }
@@ -100,6 +102,10 @@ TEST_CASE("D11: flags that are not offered say what to do", "[flags]") {
         {"--enable-lora", "--enable-lora is not offered: merge the adapter"},
         {"--enable-lora=true", "--enable-lora is not offered: merge the adapter"},
         {"--lora-modules a=b c=d", "--lora-modules is not offered"},
+        {"--max-num-queued-reqs 5", "--max-num-queued-reqs is not offered: --max-queue says how"},
+        {"--device-ids 1", "--device-ids is not offered: set $CUDA_VISIBLE_DEVICES"},
+        {"--sse-keep-alive-interval 15", "--sse-keep-alive-interval must be 0, got \"15\""},
+        {"--device-memory-utilization 2", "gpu-memory-utilization must be a number"},
         {"--ssl-keyfile key.pem", "--ssl-keyfile is not offered: put a proxy with TLS in front"},
         {"--chat-template x.jinja", "--chat-template is not offered: the chat template is Gemma"},
         {"--no-enable-prefix-caching", "--enable-prefix-caching cannot be turned off"},
