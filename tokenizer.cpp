@@ -2,11 +2,10 @@
 //
 // tokenizer.cpp: text <-> ids by libsentencepiece, Gemma's chat template, and text as it streams.
 // Sitting 2, last. A Tokenizer is const, so threads share it. Rules:
-//   - Control ids (turn, image, <bos>, ...) get into a prompt in two ways only: chat() inserts
-//   them,
+//   - Control ids (turn, image, <bos>, ...) get into a prompt in two ways: chat() inserts them,
 //     or encode_with_controls() finds their names in a raw prompt. encode() never makes one, since
 //     SentencePiece matches no control piece: no user can forge a turn.
-//   - The text between two control ids is encoded in one call, because newlines fuse: "user\n" and
+//   - The text between two control ids is encoded as one, because newlines fuse: "user\n" and
 //     "\nHi" have other ids together than one by one.
 //   - Long text is encoded in parts, which end where no piece of the vocabulary could reach across:
 //     so the ids are those of the whole, and come 2.5 times as fast.
