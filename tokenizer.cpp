@@ -8,7 +8,7 @@
 //   - The text between two control ids is encoded as one, because newlines fuse: "user\n" and
 //     "\nHi" have other ids together than one by one.
 //   - Long text is encoded in parts, which end where no piece of the vocabulary could reach across:
-//     so the ids are those of the whole, and come 2.5 times as fast.
+//     so the ids are those of the whole, and come several times as fast.
 #include "file.h"
 #include "gemma.h"
 #include "tokenizer.h"
@@ -55,11 +55,16 @@ struct Tokenizer::Pieces {
     sentencepiece::SentencePieceProcessor processor;
     std::vector<std::string> text;  // [size]
     size_t longest = 0;             // bytes of prompt that one id can stand for, at most
-    std::bitset<1 << 16> joined;    // [first * 256 + second] these bytes are neighbours in a piece
+    std::bitset<1 << 16> joined;    // [pair_of(first, second)] they are neighbours in a piece
     // What a raw prompt may write for a control id: `literals`, then a vocabulary's other ones.
     std::vector<std::string> names;
     std::vector<int> controls;  // [names] ids; -1: not in this vocabulary
 };
+
+// The index of two bytes in Pieces::joined.
+static size_t pair_of(char first, char second) {
+    return size_t(uint8_t(first)) << 8 | uint8_t(second);
+}
 
 // The bytes of a SentencePiece file, or those that a tokenizer.json is turned into.
 static std::string read_model(const std::string& file) {
@@ -101,14 +106,13 @@ Tokenizer::Tokenizer(const std::string& given) : pieces(std::make_unique<Pieces>
     for (const std::string& name : names) longest = std::max(longest, name.size());
     for (const std::string& piece : texts) {
         longest = std::max(longest, piece.size());
-        for (size_t i = 1; i < piece.size(); ++i)
-            joined.set(size_t(uint8_t(piece[i - 1])) << 8 | uint8_t(piece[i]));
+        for (size_t i = 1; i < piece.size(); ++i) joined.set(pair_of(piece[i - 1], piece[i]));
     }
     for (size_t byte = 0; byte < 256; ++byte) {
         joined.set(0x81 << 8 | byte);  // U+2581 (E2 96 81), written out, is what a space becomes
         joined.set(byte << 8 | 0xE2);
-        for (size_t within = 0x80; within < 0xC0; ++within)  // a character
-            joined.set(byte << 8 | within);
+        // No part ends within a character, whose later bytes are these.
+        for (size_t later = 0x80; later < 0xC0; ++later) joined.set(byte << 8 | later);
     }
     // Spaces everywhere, a letter in two forms, a ligature, a character without a piece.
     const std::string probe = "  \u00e9e\u0301  \ufb01\u3000\U000F0000\r\n ";
@@ -140,8 +144,7 @@ struct Tokenizer::Prompt {
 // The size of a text's first part: some 4 KiB, to where no piece reaches across, or all.
 static size_t first_part(string_view text, const std::bitset<1 << 16>& joined) {
     size_t end = 4096;
-    while (end < text.size() && joined[size_t(uint8_t(text[end - 1])) << 8 | uint8_t(text[end])])
-        ++end;
+    while (end < text.size() && joined[pair_of(text[end - 1], text[end])]) ++end;
     return std::min(end, text.size());
 }
 

@@ -215,11 +215,11 @@ TEST_CASE("no prompt, answer or key is in the log", "[http]") {
 
 TEST_CASE("F12: nothing is parsed or tokenised for a client that has left", "[http]") {
     Server s;
-    const std::string words(48 << 10,
-                            'a');  // refused with 400 if it were tokenised: over the limit
+    // Tokenised, it would be refused with 400: these are more tokens than the model takes.
+    const std::string words(48 << 10, 'a');
     std::vector<std::string> ids;
-    kill(s.id(), SIGSTOP);              // so that each client has left before its request is read
-    for (const size_t size : {1, 2}) {  // within 64 KiB, and a body that takes turns with others
+    kill(s.id(), SIGSTOP);  // so that each client has left before the server reads its request
+    for (const size_t size : {1, 2}) {  // a body within 64 KiB, and one that waits for its turn
         for (const int i : {1, 2, 3, 4}) {
             ids.push_back(text("left-%zu-%d", size, i));
             const Raw raw(s.port);
