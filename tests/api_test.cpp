@@ -1663,6 +1663,22 @@ TEST_CASE("metrics: who runs, who waits, and that nobody does any more", "[http]
     CHECK(m("request_success_total", R"(finished_reason="length")") == 0);
 }
 
+TEST_CASE("a client that accepts gzip gets each token as it is made", "[http]") {
+    Server s;
+    const httplib::Headers gzip{{"Content-Type", "application/json"}, {"Accept-Encoding", "gzip"}};
+    const auto body = [](int tokens) {
+        return write(with(base(completions),
+                          {{"stream", true}, {"max_tokens", tokens}, {"ignore_eos", true}}));
+    };
+    const Reply whole = send(s.port, "POST", completions, body(40), gzip);
+    CHECK(read_events(whole).events.size() == 40);
+    CHECK(whole.header("Content-Encoding") == "");
+    // The first token comes before the last is made: generation stops when the client leaves.
+    const auto leave = [](std::string_view) { return false; };
+    send(s.port, "POST", completions, body(30'000), gzip, leave);
+    CHECK(metrics_when(s.port, idle)("generation_tokens_total") < 30'000);
+}
+
 // [9] Clients -------------------------------------------------------------------------------------
 
 TEST_CASE("lm-eval: a batch of prompts, scored with one token more", "[http]") {
