@@ -24,6 +24,7 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <unordered_map>
 
 #include "attention.cuh"
 #include "linear.cuh"
@@ -107,7 +108,8 @@ class CudaModel : public Model {
     void pack_rows(const Batch& batch, StepShape& shape);
     void pack_outputs(const Batch& batch, StepShape& shape);
     void pack_pages(const Batch& batch, const StepShape& shape);
-    void pack_constraints(const Batch& batch);
+    void pack_adjustments(const Batch& batch);
+    std::vector<int> pack_bitsets(const Batch& batch);
     template <class T>
     T* add_input(const T*& device, size_t count);
     void replay(const StepShape& shape);
@@ -133,7 +135,9 @@ class CudaModel : public Model {
     Tables tables{};
     const Ask* asks = nullptr;
     const DeviceAdjustment* adjustments = nullptr;
-    const uint32_t* allowed = nullptr;
+    // The bitsets of a step's outputs, and their copy on the device.
+    HostMemory<uint32_t> bitsets;
+    Memory<uint32_t> device_bitsets;
     // A step's results: the kernels write them into the host's memory.
     HostMemory<int> ids;
     HostMemory<Details> details;
@@ -213,7 +217,7 @@ void CudaModel::lm_head(const StepShape& shape) {
                c.rows());
         sample(stream,
                // The adjustments are an input in which sample keeps the raw logits.
-               {logits.data, best.data, asks + first, allowed,
+               {logits.data, best.data, asks + first, device_bitsets.data,
                 const_cast<DeviceAdjustment*>(adjustments), ids + size_t(first),
                 details + size_t(first), count, c.rows(), c.V, c.vocab},
                shape.adjusted, shape.logprobs);
@@ -439,7 +443,6 @@ Ask ask_of(const Output& o) {
     r.hash = mix(s.seed + 0x9e3779b97f4a7c15u * (uint64_t(o.index) + 1) + mix(s.seed));
     r.target = o.target;
     r.logprobs = s.logprobs;
-    r.allowed = -1;
     return r;
 }
 
@@ -459,27 +462,18 @@ StepShape CudaModel::pack(const Batch& b, int bucket) {
     pack_rows(b, shape);
     pack_outputs(b, shape);
     pack_pages(b, shape);  // grows with the longest row, so it is the last that a graph reads
-    pack_constraints(b);   // adjustments and bitsets, which no graph reads (see bucket_of)
+    pack_adjustments(b);   // which no graph reads (see bucket_of)
     CUDA(cudaMemcpyAsync(device_inputs.data, inputs.data, inputs_used, cudaMemcpyHostToDevice,
                          stream.stream));
     return shape;
 }
 
-// {adjustments of all outputs, words of their bitsets}
-std::pair<size_t, size_t> count_constraints(const Batch& b) {
-    size_t adjusted = 0, words = 0;
-    for (const Output& o : b.outputs) {
-        adjusted += o.adjustments.size();
-        if (o.allowed) words += o.allowed->size();
-    }
-    return {adjusted, words};
-}
-
 void CudaModel::reserve_inputs(const Batch& b, const StepShape& shape) {
     const auto N = size_t(shape.N), R = size_t(shape.R), outputs = size_t(shape.outputs);
-    const auto [adjusted, words] = count_constraints(b);
+    size_t adjusted = 0;
+    for (const Output& o : b.outputs) adjusted += o.adjustments.size();
     constexpr size_t arrays = 16;  // at most; each begins at a multiple of 16 bytes
-    const size_t bytes = (3 * N + 4 * (R + 1) + outputs + words) * sizeof(int) +
+    const size_t bytes = (3 * N + 4 * (R + 1) + outputs) * sizeof(int) +
                          size_t(b.pages_per_row) * R * sizeof(PagePair) + outputs * sizeof(Ask) +
                          adjusted * sizeof(DeviceAdjustment) + arrays * 16;
     bool moved = inputs.reserve(bytes);
@@ -547,7 +541,8 @@ void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
     const auto outputs = size_t(shape.outputs);
     int* const output_token = add_input(tables.output_token, outputs);
     Ask* const ask = add_input(asks, outputs);
-    int next_adjustment = 0, next_word = 0;  // as pack_constraints lays them out
+    const std::vector<int> places = pack_bitsets(b);
+    int next_adjustment = 0;  // as pack_adjustments lays them out
     for (size_t i = 0; i < b.outputs.size(); i++) {
         const Output& o = b.outputs[i];
         output_token[i] = o.token;
@@ -555,10 +550,7 @@ void CudaModel::pack_outputs(const Batch& b, StepShape& shape) {
         ask[i].first_adjustment = next_adjustment;
         ask[i].adjustments = int(o.adjustments.size());
         next_adjustment += int(o.adjustments.size());
-        if (o.allowed) {
-            if (o.target < 0) ask[i].allowed = next_word;
-            next_word += int(o.allowed->size());
-        }
+        ask[i].allowed = places[i];
         if (!o.adjustments.empty() && o.target < 0) shape.adjusted = true;
         if (o.target >= 0 || o.sampling.logprobs >= 0) shape.logprobs = true;
     }
@@ -582,31 +574,54 @@ void CudaModel::pack_pages(const Batch& b, const StepShape& shape) {
     }
 }
 
-// What the outputs' choices depend on, one output's behind the other's.
-void CudaModel::pack_constraints(const Batch& b) {
-    const auto [adjusted, words] = count_constraints(b);
+// One output's behind the other's.
+void CudaModel::pack_adjustments(const Batch& b) {
+    size_t adjusted = 0;
+    for (const Output& o : b.outputs) adjusted += o.adjustments.size();
     DeviceAdjustment* adjustment = add_input(adjustments, adjusted);
-    uint32_t* bits = add_input(allowed, words);
     for (const Output& o : b.outputs) {
         for (const Adjustment& made : o.adjustments) {
             *adjustment = {made, /*raw=*/0};
             adjustment++;
         }
-        if (o.allowed) bits = std::copy(o.allowed->begin(), o.allowed->end(), bits);
     }
+}
+
+// Bitsets have memory of their own, lest their number move the inputs that a graph reads. Returns
+// where each output's begins, or -1: outputs that share one share its place.
+std::vector<int> CudaModel::pack_bitsets(const Batch& b) {
+    std::vector<int> places(b.outputs.size(), -1);
+    size_t words = 0, used = 0;
+    for (const Output& o : b.outputs) words += o.allowed ? o.allowed->size() : 0;
+    if (words == 0) return places;
+    bool moved = bitsets.reserve(words);
+    if (device_bitsets.reserve(bitsets.size)) moved = true;
+    if (moved) drop_graphs();
+    std::unordered_map<const std::vector<uint32_t>*, int> known;
+    for (size_t i = 0; i < b.outputs.size(); i++) {
+        const Output& o = b.outputs[i];
+        if (!o.allowed || o.target >= 0) continue;
+        const auto [place, is_new] = known.insert({o.allowed.get(), int(used)});
+        places[i] = place->second;
+        if (!is_new) continue;
+        std::copy(o.allowed->begin(), o.allowed->end(), bitsets + used);
+        used += o.allowed->size();
+    }
+    CUDA(cudaMemcpyAsync(device_bitsets.data, bitsets.data, used * sizeof(uint32_t),
+                         cudaMemcpyHostToDevice, stream.stream));
+    return places;
 }
 
 // [5] Steps ---------------------------------------------------------------------------------------
 
-// A step can replay a graph if every row has one token, no output wants adjustments, a bitset,
-// logprobs or a target, and one launch of attend_rows a layer has room for all chunks. Returns the
+// A step can replay a graph if every row has one token, no output wants adjustments, logprobs
+// or a target, and one launch of attend_rows a layer has room for all chunks. Returns the
 // step's rows, rounded up to a size that is captured, or 0: no graph.
 int CudaModel::bucket_of(const Batch& b) {
     const auto R = int(b.row_start.size()) - 1;
     if (int(b.tokens.size()) != R || R > most_outputs || int(b.outputs.size()) > R) return 0;
     for (const Output& o : b.outputs) {
-        if (!o.adjustments.empty() || o.allowed || o.target >= 0 || o.sampling.logprobs >= 0)
-            return 0;
+        if (!o.adjustments.empty() || o.target >= 0 || o.sampling.logprobs >= 0) return 0;
     }
     int chunks = 0;  // in the global pool
     for (const int position : b.positions) chunks += position / chunk_keys + 1;

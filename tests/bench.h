@@ -239,9 +239,11 @@ inline int post(int port, const json& body) {
 }
 
 // Sends one request for each prompt, all at once, each for `tokens` tokens; `fields` are added to
-// the bodies. One thread reads all streams, so that the client costs little.
+// the bodies, and own[i], if there are any, to the body of prompt i. One thread reads all streams,
+// so that the client costs little.
 inline Streams read_streams(int port, const std::vector<std::vector<int>>& prompts, int tokens,
-                            const json& fields = json::object()) {
+                            const json& fields = json::object(),
+                            const std::vector<json>& own = {}) {
     const size_t count = prompts.size();
     std::vector<pollfd> sockets;
     std::vector<double> sent, first(count, 0), last(count, 0);
@@ -254,6 +256,7 @@ inline Streams read_streams(int port, const std::vector<std::vector<int>>& promp
                      {"ignore_eos", true},
                      {"stream", true}};
         body.update(fields);
+        if (!own.empty()) body.update(own[i]);
         sent.push_back(now());
         sockets.push_back({post(port, body), POLLIN, 0});
     }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// gpu_bench [start] [decode] [prefill] [kernels] [http]: the CUDA engine's speed, on a full-size
-// random Gemma 3 1B in build/random-1b; all sections if none is named. ./dev gpu runs it last.
+// gpu_bench [start] [decode] [prefill] [kernels] [http] [structured]: the CUDA engine's speed, on a
+// full-size random Gemma 3 1B in build/random-1b; all sections if none is named. ./dev gpu runs it
+// last.
 //
 //   start     exec to the first token that a client has
 //   decode    steps of one token a row, beside the bound: reading the weights, and the K and V of
@@ -9,6 +10,7 @@
 //   prefill   one prompt
 //   kernels   each kernel of a step alone: shows the next bottleneck
 //   http      64 clients, and the engine alone on the same work
+//   structured  the same, each client with a schema of its own, against free text
 //
 // A device time is measured between two events around replays of a graph, which holds the launches
 // of the production code.
@@ -378,6 +380,48 @@ void http_rows(double engine, int vocab) {
     }
 }
 
+// A schema of its own for each client, whose documents are longer than `out` tokens.
+std::vector<json> schemas() {
+    std::vector<json> all;
+    for (int i = 0; i < clients; i++) {
+        const json properties{
+            {text("a_name_%d", i), {{"type", "string"}, {"maxLength", 100 + i}}},
+            {text("b_kind_%d", i), {{"enum", {"red", "green", text("blue %d", i)}}}},
+            {text("c_count_%d", i), {{"type", "integer"}, {"minimum", 1}, {"maximum", 900 + i}}},
+            {text("d_list_%d", i),
+             {{"type", "array"}, {"minItems", 1000}, {"items", {{"type", "string"}}}}}};
+        json required = json::array();
+        for (const auto& [name, schema] : properties.items()) required.push_back(name);
+        all.push_back({{"guided_json",
+                        {{"type", "object"}, {"properties", properties}, {"required", required}}}});
+    }
+    return all;
+}
+
+// Text of 64 schemas against free text, of 64 clients each, in turn; the first round is not
+// counted.
+void structured_rows(int vocab) {
+    // Nobody reads its log, whose lines would fill the pipe.
+    Server server(directory, {"--gpu-memory-utilization", "0.5", "--disable-log-requests"});
+    server.wait();
+    const std::vector<json> own = schemas();
+    double free = 0, bound = 0;
+    for (int round = 0; round < 3; round++) {
+        std::vector<std::vector<int>> prompts;
+        for (int i = 0; i < clients; i++)
+            prompts.push_back(random_ids(in, uint64_t(1000 + round * clients + i) << 20, vocab));
+        free = read_streams(server.port, prompts, out, {{"temperature", 1}}).tokens_per_second;
+        for (auto& prompt : prompts) prompt[0]++;  // not from the prefix cache
+        bound =
+            read_streams(server.port, prompts, out, {{"temperature", 1}}, own).tokens_per_second;
+        if (round == 0)
+            row("64 schemas, each seen for the first time", text("%.0f tok/s out", bound),
+                text("%.0f %% of free text", 100 * bound / free));
+    }
+    row("64 schemas, each in its third text", text("%.0f tok/s out", bound),
+        text("%.0f %% of free text, %.0f tok/s", 100 * bound / free, free));
+}
+
 std::string driver() {
     int cuda = 0;
     CUDA(cudaDriverGetVersion(&cuda));
@@ -408,11 +452,13 @@ void on_the_engine(const std::set<std::string>& sections) {
         if (sections.count("http")) engine = engine_rate(setup);
     }
     if (sections.count("http")) http_rows(engine, c.vocab);
+    if (sections.count("structured")) structured_rows(c.vocab);
 }
 
 int main(int argc, char** argv) try {
     std::set<std::string> sections(argv + 1, argv + argc);
-    if (sections.empty()) sections = {"start", "decode", "prefill", "kernels", "http"};
+    if (sections.empty())
+        sections = {"start", "decode", "prefill", "kernels", "http", "structured"};
     const std::string missing = cuda_missing();
     if (!missing.empty()) throw Error(missing);
     cudaDeviceProp gpu;
