@@ -88,4 +88,13 @@ HttpReply load(Service& service) {
 
 HttpReply version(Service&) { return json_reply({{"version", GEMMA_VERSION}}); }
 
+std::string cache_labels(const Limits& limits, int max_model_len) {
+    const long most_tokens = long(limits.pages[global_pool]) * page_tokens;
+    return text(R"(,block_size="%d",num_gpu_blocks="%d",num_local_blocks="%d",)"
+                R"(cache_dtype="auto",enable_prefix_caching="True",)"
+                R"(kv_cache_size_tokens="%ld",kv_cache_max_concurrency="%.2f")",
+                page_tokens, limits.pages[global_pool], limits.pages[local_pool], most_tokens,
+                double(most_tokens) / max_model_len);
+}
+
 }  // namespace gemma

@@ -15,5 +15,6 @@ HttpReply health(Service& service);
 HttpReply metrics_page(Service& service);
 HttpReply load(Service& service);  // requests that are being answered
 HttpReply version(Service& service);
+std::string cache_labels(const Limits& limits, int max_model_len);  // of vllm:cache_config_info
 
 }  // namespace gemma

@@ -70,8 +70,7 @@ const RequestFields stream_fields{
 // may have: silently ignoring what was asked for would falsify somebody's measurement.
 const json not_offered = json::parse(R"({
     "bad_words": [], "best_of": 1, "use_beam_search": false, "length_penalty": 1, "priority": 0,
-    "logits_processors": [], "response_format": {"type": "text"}, "structured_outputs": null,
-    "guided_json": null, "guided_regex": null, "guided_choice": null, "guided_grammar": null,
+    "logits_processors": [], "guided_grammar": null, "guided_whitespace_pattern": null,
     "structural_tag": null, "suffix": null, "prompt_embeds": null, "tools": [],
     "tool_choice": "none", "functions": [], "function_call": "none", "chat_template": null,
     "return_token_ids": false, "logprob_token_ids": [], "thinking_token_budget": null,
@@ -228,22 +227,26 @@ std::string text_of(const json& content) {  // of what template_content returns
 
 }  // namespace
 
-// Before the library parses, its depth is counted here: copying 100,000 levels would overflow the
-// stack. (The library's own callback could count them, but with one it takes time that is quadratic
-// in a list's length.)
+// Copying 100,000 levels would overflow the stack. (With a callback, which could count them, the
+// library takes time that is quadratic in a list's length.)
+void check_depth(std::string_view text, const char* param) {
+    int depth = 0;
+    bool in_string = false;
+    for (size_t i = 0; i < text.size(); i++) {
+        if (text[i] == '"') in_string = !in_string;
+        if (text[i] == '\\') i++;  // outside of strings it is an error anyway
+        if (in_string || i >= text.size()) continue;
+        if (text[i] == '[' || text[i] == '{') depth++;
+        if (text[i] == ']' || text[i] == '}') depth--;
+        if (depth <= 64) continue;
+        refuse(param, "%s is nested more than 64 levels deep", *param ? param : "the body");
+    }
+}
+
 json parse_body(const std::string& body) {
     const size_t nul = body.find('\0');  // the library takes it for the end of the body
     if (nul != body.npos) refuse("", "the body is not valid JSON, at byte %zu", nul + 1);
-    int depth = 0;
-    bool in_string = false;
-    for (size_t i = 0; i < body.size(); i++) {
-        if (body[i] == '"') in_string = !in_string;
-        if (body[i] == '\\') i++;  // outside of strings it is an error anyway
-        if (in_string || i >= body.size()) continue;
-        if (body[i] == '[' || body[i] == '{') depth++;
-        if (body[i] == ']' || body[i] == '}') depth--;
-        if (depth > 64) refuse("", "the body is nested more than 64 levels deep");
-    }
+    check_depth(body, "");
     try {
         json parsed = json::parse(body);
         if (!parsed.is_object()) refuse("", "the body must be a JSON object");

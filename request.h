@@ -55,7 +55,8 @@ struct Request {
 using GoOn = std::function<void()>;
 
 // Each of these throws a Refusal that names the field.
-json parse_body(const std::string& body);  // an object, nested at most 64 deep
+json parse_body(const std::string& body);                    // an object, nested at most 64 deep
+void check_depth(std::string_view text, const char* param);  // of JSON, before it is parsed
 // All that can be said of a request before its text is looked at.
 Request parse_request(const Served& served, const json& body, bool chat);
 json list_prompts(const json& body);  // "prompt", as a list of prompts

@@ -34,6 +34,14 @@ namespace gemma {
 struct Inbox;   // server.h: where a request waits for its deliveries
 struct Prefix;  // [2]
 
+// What a text must be, where a request says so. The thread of the scheduler calls these.
+struct Constraint {
+    virtual ~Constraint() = default;
+    virtual void append(int id) = 0;  // the text goes on by it
+    // The ids that may follow, as Output's; null while they are not made yet.
+    virtual std::shared_ptr<const std::vector<uint32_t>> allowed() const = 0;
+};
+
 struct Sequence {
     // the scheduler's, once posted
     std::vector<int> tokens;  // the prompt, then what is generated
@@ -54,6 +62,7 @@ struct Sequence {
     // leaves out the ids that would end the text.
     int min_tokens = 0;
     std::shared_ptr<const std::vector<uint32_t>> allowed_before;
+    std::shared_ptr<Constraint> constraint;  // null: none. In the place of both
     int choice = 0;
     std::shared_ptr<Inbox> inbox;
     double arrived = 0;  // seconds, as of seconds()
@@ -250,13 +259,15 @@ class Scheduler {
         waiting_.push_back(std::move(sequence));
     }
 
-    // A Batch without tokens means that no sequence is left: every sequence that was added fits
-    // alone, so the oldest one always runs. `now` is kept as the time when sequences start.
+    // A Batch without tokens means that no sequence is left, or that each awaits its constraint:
+    // every sequence that was added fits alone. `now` is kept as the time when sequences start.
     const Batch& next(double now = 0) {
         rows.clear();
         drop_cancelled();
         admit();
-        while (rows.empty() && !running_.empty()) plan(now);  // again, if all rows were preempted
+        const auto may_run = [](const auto& s) { return !awaits_constraint(*s); };
+        while (rows.empty() && std::any_of(running_.begin(), running_.end(), may_run))
+            plan(now);  // again, if all rows were preempted
         build();
         return batch;
     }
@@ -311,6 +322,11 @@ class Scheduler {
     // Tokens whose K and V are not there: 1 in decode, more in prefill.
     static int left(const Sequence& s) { return int(s.tokens.size()) - s.computed; }
 
+    // Which ids may follow is made by other threads: until it is there, the row sits out steps.
+    static bool awaits_constraint(const Sequence& s) {
+        return s.constraint && !s.constraint->allowed();
+    }
+
     // Gives each running sequence its share of the step's tokens, and pages for them, oldest first.
     // Where no page is left, the newest sequence gives up its own.
     void plan(double now) {
@@ -341,6 +357,7 @@ class Scheduler {
         std::vector<size_t> prompts;
         int tokens = limits.max_batched_tokens;
         for (size_t i = 0; i < running_.size(); i++) {
+            if (awaits_constraint(*running_[i])) continue;
             if (left(*running_[i]) > 1) prompts.push_back(i);
             if (left(*running_[i]) == 1 && tokens > 0) shares[i] = 1;
             tokens -= shares[i];
@@ -548,7 +565,9 @@ class Scheduler {
                 out.index = end - s.prompt_tokens;
                 out.sampling = s.sampling;
                 out.adjustments = s.adjustments;
-                out.allowed = out.index < s.min_tokens ? s.allowed_before : s.allowed;
+                out.allowed = s.constraint               ? s.constraint->allowed()
+                              : out.index < s.min_tokens ? s.allowed_before
+                                                         : s.allowed;
                 batch.outputs.push_back(out);
             }
         }
@@ -591,8 +610,9 @@ class Scheduler {
         s.tokens.push_back(id);
         penalise(s, id);
         if (std::count(s.stop_ids.begin(), s.stop_ids.end(), id)) return Finish::stop;
-        const bool full = int(s.tokens.size()) - s.prompt_tokens >= s.max_tokens;
-        return full ? Finish::length : Finish::none;
+        if (int(s.tokens.size()) - s.prompt_tokens >= s.max_tokens) return Finish::length;
+        if (s.constraint) s.constraint->append(id);
+        return Finish::none;
     }
 
     // What penalties make of an id that was generated, from the next token on.

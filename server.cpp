@@ -20,6 +20,7 @@
 
 #include "fields.h"
 #include "info.h"
+#include "structured.h"
 #include "writer.h"
 
 namespace gemma {
@@ -72,6 +73,8 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
     const Served& served = visit->service.served;
     const json prompts = chat ? json() : list_prompts(body);
     Request r = parse_request(served, body, chat);
+    const auto grammar = asked_grammar(*visit->service.grammars, r, body, http.body);
+    if (grammar) r.ignore_eos = false;  // behind a complete text nothing else may follow
     r.id = own_id(http.id);
     const GoOn go_on = [&] { need_client(visit->service, http); };
     const int count = (chat ? 1 : int(prompts.size())) * int(r.n);
@@ -88,6 +91,9 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
         const auto inbox = std::make_shared<Inbox>();
         auto sequences =
             make_sequences(served, r, inbox, [&] { return visit->service.draw_seed(); });
+        for (const auto& s : sequences) {
+            if (grammar) s->constraint = visit->service.grammars->start(grammar, *s);
+        }
         return start_answer(visit, std::move(r), inbox, std::move(sequences));
     } catch (...) {
         engine.give_back(count);  // nothing was posted: start_answer posts last
@@ -411,11 +417,13 @@ std::deque<Delivery> Inbox::take() {
     return std::exchange(deliveries, {});
 }
 
-Engine::Engine(std::unique_ptr<Model> m, const Limits& limits, int max_queue, Metrics& of_service)
+Engine::Engine(std::unique_ptr<Model> m, const Limits& limits, int max_queue, Metrics& of_service,
+               Grammars& also)
     : most_places(limits.max_num_seqs + max_queue),
       model(std::move(m)),
       scheduler(limits),
       metrics(of_service),
+      grammars(also),
       thread([this] { run(); }) {}
 
 Engine::~Engine() {
@@ -464,13 +472,13 @@ void Engine::run() {
     while (auto news = wait_for_work(idle)) {
         const int before = present() + int(news->size());
         for (auto& sequence : *news) scheduler.add(std::move(sequence));
+        grammars.settle(std::chrono::milliseconds(1));
         const Batch& batch = scheduler.next(seconds());
-        idle = batch.tokens.empty();
+        idle = present() == 0;
         show();
         std::vector<Delivery> deliveries;
-        if (idle) {
-            check_books();
-        } else {
+        if (idle) check_books();
+        if (!batch.tokens.empty()) {
             deliveries = scheduler.finish(model->step(batch));
             show();
             count(deliveries);
@@ -554,14 +562,10 @@ void Service::open(const Checkpoint& checkpoint, const Tokenizer& tokenizer,
     served.tokenizer = &tokenizer;
     served.limits = limits;
     served.max_model_len = max_model_len;
-    const long most_tokens = long(limits.pages[global_pool]) * page_tokens;
-    cache_config = text(R"(,block_size="%d",num_gpu_blocks="%d",num_local_blocks="%d",)"
-                        R"(cache_dtype="auto",enable_prefix_caching="True",)"
-                        R"(kv_cache_size_tokens="%ld",kv_cache_max_concurrency="%.2f")",
-                        page_tokens, limits.pages[global_pool], limits.pages[local_pool],
-                        most_tokens, double(most_tokens) / max_model_len);
+    cache_config = cache_labels(limits, max_model_len);
     metrics.emplace(max_model_len);
-    engine.emplace(std::move(model), limits, int(options.max_queue), *metrics);
+    grammars.emplace(tokenizer, checkpoint.config.eos, checkpoint.config.vocab);
+    engine.emplace(std::move(model), limits, int(options.max_queue), *metrics, *grammars);
     locked([&] { ready = true; });
 }
 

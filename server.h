@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "grammar.h"
 #include "http.h"
 #include "metrics.h"
 #include "request.h"
@@ -54,7 +55,8 @@ struct Inbox {
 
 class Engine {
   public:
-    Engine(std::unique_ptr<Model> model, const Limits& limits, int max_queue, Metrics& metrics);
+    Engine(std::unique_ptr<Model> model, const Limits& limits, int max_queue, Metrics& metrics,
+           Grammars& grammars);
     ~Engine();
     Engine(const Engine&) = delete;
 
@@ -81,6 +83,7 @@ class Engine {
     std::unique_ptr<Model> model;
     Scheduler scheduler;
     Metrics& metrics;
+    Grammars& grammars;
     // any thread
     std::mutex mutex;
     std::condition_variable changed;
@@ -124,6 +127,7 @@ struct Service {
     Served served;
     std::string cache_config;  // labels of /metrics
     std::optional<Metrics> metrics;
+    std::optional<Grammars> grammars;
     std::optional<Engine> engine;
     // guarded by mutex
     std::mutex mutex;

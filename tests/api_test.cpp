@@ -12,6 +12,7 @@
 //   [8] Metrics
 //   [9] Clients        requests as known client programs send them
 //   [10] Known bugs    a case for each bug that other servers have had
+//   [11] Structured output
 //
 // A case tagged [http] holds for any model behind the server; [demo] needs the demo model's logits.
 #include "client.h"
@@ -2039,7 +2040,8 @@ TEST_CASE("bug: invalid schema/regex crash", "[http]") {
         {"structured_outputs": {"regex": "("}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}},
         {"response_format": {"type": "json_schema"}}, {"response_format": {"type": "sound"}},
-        {"response_format": 5}, {"structural_tag": "x"}
+        {"response_format": 5}, {"structural_tag": "x"},
+        {"guided_json": {}, "allowed_token_ids": [5]}
     ])");
     for (const json& row : table) {
         for (const std::string& path : {completions, chat}) {
@@ -2050,8 +2052,22 @@ TEST_CASE("bug: invalid schema/regex crash", "[http]") {
 }
 
 TEST_CASE("bug: endless whitespace in JSON mode", "[http]") {
-    check_refusal(post(chat, with(base(chat), {{"response_format", {{"type", "json_object"}}}})),
-                  400, {"response_format"});  // there is no JSON mode; the refusal says so
+    json bias;  // a model that wants nothing but white space
+    for (const char* space : {" ", "  ", "\n", "\t"})
+        bias[std::to_string(tokenized(space).back())] = 100;
+    const json answer = ask(chat, {{"response_format", {{"type", "json_object"}}},
+                                   {"logit_bias", bias},
+                                   {"max_tokens", 400},
+                                   {"seed", 1}});
+    const std::string s = first_text(answer);
+    size_t longest = 0, count = 0;
+    for (const char c : s) {
+        count = std::isspace(uint8_t(c)) ? count + 1 : 0;
+        longest = std::max(longest, count);
+    }
+    INFO(s);
+    CHECK(longest > 0);
+    CHECK(longest <= 65);  // a line's end, and what a line begins with
 }
 
 TEST_CASE("bug: defaults from generation_config surprise", "[http]") {
@@ -2176,4 +2192,123 @@ TEST_CASE("bug: silent ignore of asked features", "[http]") {
     const json image = json::parse(R"([{"role": "user", "content": [{"type": "image_url",
         "image_url": {"url": "data:image/png;base64,AAAA"}}]}])");
     check_refusal(post(chat, {{"messages", image}}), 400, {"image_url"});
+}
+
+// [11] Structured output --------------------------------------------------------------------------
+
+namespace {
+
+const json person = json::parse(R"({"type": "object", "properties": {
+    "name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 1,
+    "maximum": 99}, "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3}},
+    "required": ["name", "age", "tags"]})");
+
+json json_schema(const json& schema) {
+    return {{"type", "json_schema"}, {"json_schema", {{"name", "x"}, {"schema", schema}}}};
+}
+
+void check_person(const std::string& text) {
+    INFO(text);
+    const json p = json::parse(text);
+    CHECK(keys(p) == Strings{"name", "age", "tags"});  // the schema's order
+    const std::string name = p["name"];
+    CHECK(std::count_if(name.begin(), name.end(), [](char c) { return (c & 0xC0) != 0x80; }) <= 12);
+    CHECK((p["age"] >= 1 && p["age"] <= 99));
+    CHECK(p["tags"].size() <= 3);
+    for (const json& tag : p["tags"]) CHECK((tag == "a" || tag == "b"));
+}
+
+// Each kind of constraint, in each of its fields.
+std::vector<json> constraints() {
+    return {{{"response_format", json_schema(person)}},
+            {{"guided_json", person}},
+            {{"guided_json", person.dump()}},
+            {{"structured_outputs", {{"json", person}}}},
+            {{"guided_choice", {"yes", "no", "perhaps not"}}},
+            {{"structured_outputs", {{"choice", {"yes", "no", "perhaps not"}}}}},
+            {{"guided_regex", "[a-c]{3,9}-\\d{4}"}},
+            {{"structured_outputs", {{"regex", "[a-c]{3,9}-\\d{4}"}}}},
+            {{"guided_json", {{"type", "array"}, {"items", {{"type", "number"}}}}}}};
+}
+
+}  // namespace
+
+TEST_CASE("structured output: on both routes, streamed and whole, of one choice and of three",
+          "[http]") {
+    const auto all = constraints();
+    for (size_t i = 0; i < all.size(); i++) {
+        for (const std::string& path : {completions, chat}) {
+            for (const size_t n : {1, 3}) {
+                const json fields =
+                    with(all[i], {{"n", n}, {"seed", i}, {"max_tokens", 300}, {"top_k", 50}});
+                const json answer = ask(path, fields);
+                for (const json& choice : answer["choices"]) {
+                    const std::string s = text_of(choice);
+                    INFO(path << write(all[i]) << s);
+                    if (choice["finish_reason"] == "length") continue;  // nothing ends an array
+                    CHECK(choice["finish_reason"] == "stop");
+                    if (i < 4) check_person(s);
+                    if (i == 4 || i == 5) CHECK((s == "yes" || s == "no" || s == "perhaps not"));
+                    if (i == 6 || i == 7) CHECK((s.size() >= 8 && s[s.size() - 5] == '-'));
+                    if (i == 8) CHECK(json::parse(s).is_array());
+                }
+                CHECK(merged(stream(path, fields), n) == comparable(answer));
+            }
+        }
+    }
+    const json any = ask(chat, {{"response_format", {{"type", "json_object"}}},
+                                {"seed", 2},
+                                {"max_tokens", 300},
+                                {"ignore_eos", true}});
+    if (any["choices"][0]["finish_reason"] == "stop")
+        CHECK(json::parse(first_text(any)).is_object());
+    CHECK(first_text(any)[0] == '{');
+}
+
+TEST_CASE("structured output does not depend on neighbours, chunks or pages", "[http]") {
+    Server tiny({"--num-gpu-blocks-override", "8", "--max-num-batched-tokens", "16"});
+    const auto all = constraints();
+    const auto run = [&](size_t i, int port) {
+        const json fields{{"seed", i},
+                          {"max_tokens", 120},
+                          {"logprobs", 2},
+                          {"prompt", Ids(20 + i % 7 * 9, 300)}};
+        return comparable(ask(completions, with(fields, all[i % all.size()]), port));
+    };
+    const auto crowd = at_once<json>(27, [&](size_t i) { return run(i, tiny.port); });
+    for (size_t i = 0; i < crowd.size(); i++) {
+        INFO(i);
+        CHECK(crowd[i] == run(i, server().port));
+    }
+    CHECK(Metrics(tiny.port)("num_preemptions_total") > 0);
+}
+
+TEST_CASE("structured output: what is refused, in vLLM's words", "[http]") {
+    const json table = json::parse(R"([
+        [{"guided_json": {}, "guided_regex": "a"}, "You can only use one kind of guided decoding"],
+        [{"structured_outputs": {"json": {}, "regex": "a"}},
+            "You can only use one kind of constraints for structured outputs"],
+        [{"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            "You can only use one kind of constraints for structured outputs"],
+        [{"structured_outputs": {"json": null}}, "You must use one kind of structured outputs"],
+        [{"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar is not supported"],
+        [{"guided_grammar": "x"}, "guided_grammar is not supported by this server"],
+        [{"response_format": {"type": "structural_tag"}}, "got \"structural_tag\""],
+        [{"response_format": {"type": "json_schema"}},
+            "When response_format type is 'json_schema', the 'json_schema' field must be"],
+        [{"guided_choice": ["a", 5]}, "guided_choice must be a list of at least one string"],
+        [{"guided_json": {"properties": {"a": {"if": {}}}}},
+            "guided_json: JSON schema: /properties/a: the keyword if is not supported"],
+        [{"guided_regex": "a\\b"}, "\\b is not supported, at character 3"]
+    ])");
+    for (const json& row : table) {
+        for (const std::string& path : {completions, chat})
+            check_refusal(post(path, with(base(path), row[0])), 400, {row[1]});
+    }
+    json wide;
+    for (int i = 0; i < 10'001; i++) wide[std::to_string(i)] = 1;
+    check_refusal(post(chat, with(base(chat), {{"guided_json", wide}})), 400,
+                  {"guided_json must have at most 256 KiB and 10000 members, got ", "10001"});
+    CHECK(ask(completions, {{"guided_json", nullptr}, {"response_format", {{"type", "text"}}}})
+              .contains("choices"));
 }

@@ -117,6 +117,26 @@ struct Wishes {  // parameters of a sequence
     std::map<int, float> bias = {};
     bool mask = false;
     int min_tokens = 0;
+    int delay = -1;  // steps that a constraint takes to make its ids; -1: no constraint
+};
+
+// Takes some steps to say which ids may follow, and remembers what it was told.
+struct SlowConstraint : gemma::Constraint {
+    SlowConstraint(const double& of_machine, int steps) : now(of_machine), delay(steps) {}
+    void append(int id) override {
+        told.push_back(id);
+        ready = now + 0.5 * delay;
+        set = std::make_shared<const std::vector<uint32_t>>(3);
+    }
+    std::shared_ptr<const std::vector<uint32_t>> allowed() const override {
+        return now >= ready ? set : nullptr;
+    }
+    const double& now;
+    const int delay;
+    double ready = 0;
+    Ids told;
+    std::shared_ptr<const std::vector<uint32_t>> set =
+        std::make_shared<const std::vector<uint32_t>>(3);
 };
 
 // The expected adjustment of each id's logit, by id, computed from the whole text. Tests use
@@ -192,6 +212,7 @@ class Machine {
         if (wishes.mask) s->allowed = std::make_shared<const std::vector<uint32_t>>(1);
         s->min_tokens = wishes.min_tokens;
         if (s->min_tokens) s->allowed_before = std::make_shared<const std::vector<uint32_t>>(2);
+        if (wishes.delay >= 0) s->constraint = std::make_shared<SlowConstraint>(now, wishes.delay);
         live.push_back(
             std::make_shared<Job>(Job{name, s, wishes, undisturbed(*s, limits.window), {}}));
         scheduler.add(s);
@@ -373,7 +394,8 @@ class Machine {
             std::any_of(rows.begin(), rows.end(), [](const Span& r) { return r.first < r.last; });
         for (const auto& job : live) {
             const Sequence& s = *job->sequence;
-            const bool decodes = holds_pages(*job) && s.computed + 1 == int(s.tokens.size());
+            const bool decodes = holds_pages(*job) && s.computed + 1 == int(s.tokens.size()) &&
+                                 (!s.constraint || s.constraint->allowed());
             must(!prompts || !decodes || std::count(row_jobs.begin(), row_jobs.end(), job.get()),
                  "a decode row waits for a prompt");
         }
@@ -453,8 +475,14 @@ class Machine {
             must(out.index == int(job.got.ids.size()), "the index of an output");
             must(carries(out, adjusted(job.wishes, s.tokens, s.prompt_tokens)),
                  "the adjustments are not the text's");
-            must(out.allowed == (out.index < job.wishes.min_tokens ? s.allowed_before : s.allowed),
-                 "the wrong ids are allowed");
+            if (const auto* slow = dynamic_cast<SlowConstraint*>(s.constraint.get())) {
+                must(out.allowed && out.allowed == slow->set, "ids that no constraint allows");
+                must(slow->told == job.got.ids, "a constraint was told other ids than the client");
+            } else {
+                const bool early = out.index < job.wishes.min_tokens;
+                must(out.allowed == (early ? s.allowed_before : s.allowed),
+                     "the wrong ids are allowed");
+            }
             const int id = next_id(all, window(last), out.sampling.seed, out.index);
             results.push_back({id, 0, 1, {}});
         }
@@ -1289,6 +1317,23 @@ TEST_CASE("scheduler: until min_tokens are generated other ids are allowed") {
     }
 }
 
+TEST_CASE("scheduler: a row sits out the steps until its constraint has made its ids") {
+    Machine machine({4, 64, 64, {20, 20}});
+    const Wishes slow{.delay = 3};
+    machine.add('a', words(1, 5), 3, {}, 0, slow);
+    machine.add('b', words(2, 5), 4);
+    const auto names = [](const Step& step) {
+        std::string all;
+        for (const Span& row : step) all += row.name;
+        return all;
+    };
+    std::string rows;
+    for (int step = 0; !machine.live.empty(); step++) rows += names(machine.step()) + " ";
+    // Three steps apart. Alone, it is waited for: then a step is empty.
+    CHECK(rows == "ab b b ab   a ");
+    machine.check_idle();
+}
+
 TEST_CASE("scheduler: a sequence has started when it was first in a step") {
     Machine machine({2, 200, 64, {99, 6}});
     const auto a = machine.add('a', words(1, 40), 60), b = machine.add('b', words(2, 40), 60),
@@ -1384,6 +1429,7 @@ TEST_CASE("scheduler: random sequences, limits and cancellations") {
                 for (int n = pick(0, 3); n > 1; n--) wishes.bias[pick(0, 49)] = float(pick(-9, 9));
                 wishes.mask = pick(0, 3) == 0;
                 if (pick(0, 3) == 0) wishes.min_tokens = pick(1, room);
+                if (pick(0, 3) == 0) wishes.delay = pick(0, 3);
                 const int most = pick(0, 1) ? room : pick(1, room);
                 machine.add('?', prompt, pick(0, 15) ? most : 0,
                             pick(0, 3) ? Ids{} : Ids{pick(0, 49)}, uint64_t(pick(0, 9)), wishes);
