@@ -56,7 +56,8 @@ class Expressions {
     // What after costs, about: a function of e alone, whatever is remembered.
     size_t work(Id e) const { return 1 + nodes[size_t(e)].members.size(); }
     size_t size() const { return nodes.size(); }
-    void start_writing() { is_compiled = true; }  // from here on more memory is given
+    size_t bytes() const { return spent + remembered; }  // of memory, about
+    void start_writing() { is_compiled = true; }         // from here on more memory is given
     // Drops what `after` remembers, if that is much. Expressions keep their numbers.
     void save_memory();
 

@@ -24,9 +24,9 @@ const Ranges plain_ranges{{' ', '!'}, {'#', '['}, {']', last_character}};
 
 // Of what a bitset may cost, as Expressions::work; ordinary ones cost a few hundred.
 constexpr size_t most_work = 20'000;
-constexpr size_t most_sets = 128;      // of a grammar: 4 MB for 262,144 ids
-constexpr size_t most_grammars = 64;   // that are kept
-constexpr size_t most_nodes = 20'000;  // of a grammar that is kept: each text may add some
+constexpr size_t most_sets = 128;  // of a grammar: 4 MB for 262,144 ids
+// Of the grammars that are kept: how many, and the bytes of each and of all.
+constexpr size_t most_grammars = 64, most_bytes_each = 16 << 20, most_bytes_kept = 256 << 20;
 
 void set(Bitset& bits, int id) { bits[size_t(id) / 32] |= 1u << id % 32; }
 
@@ -167,9 +167,10 @@ void Grammar::try_start() {
     expressions.start_writing();
 }
 
-bool Grammar::is_full() {
+size_t Grammar::bytes() {
     const std::lock_guard lock(mutex);
-    return expressions.size() > most_nodes;
+    const size_t each = sets.empty() ? 0 : sets.begin()->second->size() * sizeof(uint32_t);
+    return expressions.bytes() + sets.size() * each;
 }
 
 std::shared_ptr<const Bitset> Grammar::known_set(Id e) const {
@@ -270,7 +271,7 @@ void GrammarConstraint::make() {
 Grammars::Grammars(const Tokenizer& tokenizer, const std::vector<int>& ends, int size)
     : made(std::async(std::launch::async,
                       [&tokenizer, ends, size] { return Vocabulary(tokenizer, ends, size); })) {
-    const unsigned count = 4;
+    const unsigned count = std::clamp(std::thread::hardware_concurrency() / 2, 1u, 4u);
     for (unsigned i = 0; i < count; i++) threads.emplace_back([this] { run(); });
 }
 
@@ -297,13 +298,32 @@ std::shared_ptr<Grammar> Grammars::find_or_make(
             kept = found->second;
         }
     }
-    if (kept && !kept->is_full()) return kept;
+    if (kept && kept->bytes() <= most_bytes_each) return kept;
     auto grammar = compile();
-    const std::lock_guard lock(mutex);
-    if (kept) std::erase_if(late, [&](const auto& one) { return one.second == kept; });
-    late.emplace_front(key, grammar);
-    if (late.size() > most_grammars) late.pop_back();
+    keep(key, grammar);
     return grammar;
+}
+
+// A grammar grows as texts are written. Its size is asked for without the mutex, which the engine
+// needs, because a thread may be busy with the grammar.
+void Grammars::keep(const std::string& key, const std::shared_ptr<Grammar>& grammar) {
+    std::list<std::pair<std::string, std::shared_ptr<Grammar>>> all;
+    {
+        const std::lock_guard lock(mutex);
+        std::erase_if(late, [&](const auto& one) { return one.first == key; });
+        late.emplace_front(key, grammar);
+        all = late;
+    }
+    size_t count = 0, bytes = 0;
+    std::erase_if(all, [&](const auto& one) {  // what stays in `all` is dropped
+        bytes += one.second->bytes();
+        return ++count <= most_grammars && bytes <= most_bytes_kept;
+    });
+    const std::lock_guard lock(mutex);
+    std::erase_if(late, [&](const auto& one) {
+        return std::any_of(all.begin(), all.end(),
+                           [&](const auto& other) { return other.second == one.second; });
+    });
 }
 
 std::shared_ptr<Constraint> Grammars::start(const std::shared_ptr<Grammar>& grammar,

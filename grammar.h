@@ -72,7 +72,7 @@ struct Grammar {
     // These two with the mutex held.
     std::shared_ptr<const Bitset> allowed(const Vocabulary& vocabulary, Expressions::Id e);
     std::shared_ptr<const Bitset> known_set(Expressions::Id e) const;  // null: not made yet
-    bool is_full();    // other requests should compile it anew
+    size_t bytes();                                                    // of memory, about
     void try_start();  // refuses now what its first byte would refuse
 
     std::mutex mutex;
@@ -125,6 +125,7 @@ class Grammars {
 
   private:
     friend GrammarConstraint;
+    void keep(const std::string& key, const std::shared_ptr<Grammar>& grammar);
     void post(std::shared_ptr<GrammarConstraint> constraint);
     void run();  // each thread
 

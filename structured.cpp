@@ -119,7 +119,7 @@ std::pair<std::string, ordered> of_structured_outputs(const ordered& fields) {
     if (!fields.is_object())
         refuse(param, "%s must be an object, got %s", param, show(json(fields)).c_str());
     for (const auto& [name, value] : fields.items()) {
-        if (value.is_null() || value == false) continue;
+        if (value.is_null() || value == false || name == "disable_fallback") continue;
         if (name != "json" && name != "regex" && name != "choice" && name != "json_object")
             refuse(param,
                    "structured_outputs.%.100s is not supported by this server: json, regex, "

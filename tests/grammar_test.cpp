@@ -412,6 +412,39 @@ TEST_CASE("constraints: many texts at once, of one grammar and of several") {
     CHECK(ended > 20);
 }
 
+TEST_CASE("constraints: the grammars of late requests are kept, up to a number and a size") {
+    Grammars all(tokenizer(), {Tokenizer::eos}, tokenizer().size());
+    int compiled = 0;
+    const auto ask = [&](int i, bool large) {
+        return all.find_or_make(std::to_string(i), [&] {
+            compiled++;
+            std::vector<std::string> choices;
+            for (int n = 0; n < (large ? 2000 : 1); n++)
+                choices.push_back(text("%d and %ld", n, (n + 10'000L * i) * 7919 % 1'000'003));
+            return Grammar::of_choices(choices, "c");
+        });
+    };
+    for (const bool large : {false, true}) {
+        const int first = large ? 1000 : 0;
+        compiled = 0;
+        for (int i = 0; i < 200; i++) ask(first + i, large);
+        CHECK(compiled == 200);
+        for (int i = 199; i > 190; i--) ask(first + i, large);
+        CHECK(compiled == 200);  // these were there
+        size_t bytes = 0;
+        int kept = 0;
+        for (int i = 199; i >= 0; i--) {  // the latest first
+            const int before = compiled;
+            const auto g = ask(first + i, large);
+            bytes += compiled == before ? g->bytes() : 0;
+            kept += compiled == before;
+        }
+        std::printf("%d grammars kept, %.1f MB\n", kept, double(bytes) / 1e6);
+        CHECK((kept >= 9 && kept <= 64));
+        CHECK(bytes <= 300 << 20);
+    }
+}
+
 TEST_CASE("constraints: before min_tokens no stop id may follow, unless nothing else may") {
     Grammars all(tokenizer(), {Tokenizer::eos}, tokenizer().size());
     const auto g = Grammar::of_regex("a*", "r"), one = Grammar::of_choices({"a"}, "c");

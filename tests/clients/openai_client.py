@@ -5,13 +5,17 @@
     openai_client.py PLAIN KEYED KEY SMALL    # SMALL has room for one sequence, and no queue
 """
 import asyncio
+import enum
+import json
 import math
+import re
 import sys
 import threading
 import time
 import traceback
 
 import openai
+import pydantic
 from openai import AsyncOpenAI, OpenAI
 
 PLAIN, KEYED, KEY, SMALL = sys.argv[1:]
@@ -330,6 +334,46 @@ def overload():
             time.sleep(0.05)
 
 
+class Kind(enum.Enum):
+    small = "small"
+    large = "large"
+
+
+class Part(pydantic.BaseModel):
+    kind: Kind
+    weight: float | None
+
+
+class Thing(pydantic.BaseModel):
+    """Nested, optional and enumerated: what pydantic writes as $ref, anyOf and enum."""
+    label: str = pydantic.Field(max_length=20)
+    count: int
+    parts: list[Part] = pydantic.Field(max_length=2)
+
+
+def structured():
+    for seed in range(5):
+        answer = plain.chat.completions.parse(model=MODEL, messages=QUESTION, seed=seed,
+                                              response_format=Thing, max_completion_tokens=1000)
+        thing = answer.choices[0].message.parsed
+        check(isinstance(thing, Thing) and len(thing.parts) <= 2, answer)
+    with plain.chat.completions.stream(model=MODEL, messages=QUESTION, seed=9,
+                                       response_format=Thing) as stream:
+        for _ in stream:
+            pass
+        check(isinstance(stream.get_final_completion().choices[0].message.parsed, Thing))
+    answer = chat(response_format={"type": "json_object"}, max_tokens=400)
+    if answer.choices[0].finish_reason == "stop":
+        check(isinstance(json.loads(answer.choices[0].message.content), dict), answer)
+    pattern = r"[A-Z][a-z]{2,6} \d{4}"
+    answer = complete(max_tokens=40, extra_body={"guided_regex": pattern})
+    check(re.fullmatch(pattern, answer.choices[0].text), answer)
+    answer = chat(extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    check(answer.choices[0].message.content in ("yes", "no"), answer)
+    raises(openai.BadRequestError, lambda: chat(response_format={"type": "json_schema"}),
+           "'json_schema' field must be provided", param="response_format")
+
+
 def together():
     async def ask(api, number):
         answer = await api.chat.completions.create(
@@ -348,7 +392,7 @@ def together():
 def main():
     failed = 0
     for test in (models, completions, sampled, logprobs, streams, chats, responses, errors, keys,
-                 overload, together):
+                 structured, overload, together):
         try:
             test()
         except Exception:  # run the others too
