@@ -2283,6 +2283,52 @@ TEST_CASE("structured output does not depend on neighbours, chunks or pages", "[
     CHECK(Metrics(tiny.port)("num_preemptions_total") > 0);
 }
 
+TEST_CASE("structured output: 50 extractions by real weights are 50 documents", "[real]") {
+    const char* const real = std::getenv("GEMMA_REAL");
+    if (!real) SKIP_BECAUSE("GEMMA_REAL does not name a directory with google/gemma-3-270m");
+    Server s({"--model", real, "--served-model-name", "real"});
+    const Strings names = words("Anna Bob Chidi Dung Elif Farid Grace Hugo Ines Jun");
+    const Strings cities = words("Paris Hanoi Lagos Lima Oslo");
+    const json schema = json::parse(R"({"type": "object", "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "city": {"enum": ["Paris", "Hanoi", "Lagos", "Lima", "Oslo"]},
+        "languages": {"type": "array", "items": {"enum": ["English", "French"]}, "maxItems": 2},
+        "address": {"type": "object", "properties": {"zip": {"pattern": "^[0-9]{5}$"}},
+                    "required": ["zip"]}},
+        "required": ["name", "age", "city", "languages", "address"]})");
+    int right = 0;
+    for (size_t c = 0; c < cities.size(); c++) {
+        const auto all = at_once<json>(names.size(), [&](size_t n) {
+            const std::string prompt = text(
+                "%s is %zu years old, lives in %s (zip 1%zu%zu45) and speaks French.\nAs JSON: ",
+                names[n].c_str(), 20 + n, cities[c].c_str(), c, n);
+            return ask(completions,
+                       {{"model", "real"},
+                        {"prompt", prompt},
+                        {"max_tokens", 400},
+                        {"temperature", n % 2},
+                        {"seed", n},
+                        {"response_format", json_schema(schema)}},
+                       s.port);
+        });
+        for (size_t n = 0; n < all.size(); n++) {
+            INFO(first_text(all[n]));
+            CHECK(all[n]["choices"][0]["finish_reason"] == "stop");
+            const json d = json::parse(first_text(all[n]));
+            CHECK(keys(d) == words("name age city languages address"));
+            CHECK((d["age"].is_number_integer() && d["age"] >= 0 && d["age"] <= 130));
+            CHECK(std::count(cities.begin(), cities.end(), d["city"]) == 1);
+            CHECK((d["languages"].is_array() && d["languages"].size() <= 2));
+            const std::string zip = d["address"]["zip"];
+            CHECK((zip.size() == 5 && std::all_of(zip.begin(), zip.end(), ::isdigit)));
+            right += d["name"] == names[n] && d["age"] == 20 + n && d["city"] == cities[c];
+        }
+    }
+    std::printf("50 extractions by real weights: %d right\n", right);
+    CHECK(right > 25);
+}
+
 TEST_CASE("structured output: what is refused, in vLLM's words", "[http]") {
     const json table = json::parse(R"([
         [{"guided_json": {}, "guided_regex": "a"}, "You can only use one kind of guided decoding"],
