@@ -19,9 +19,10 @@ namespace {
 
 using Bytes = Expressions::Bytes;
 
-// Bytes of a request's nodes, before the text begins and in all; and of what `after` remembers
-// between bitsets. A bitset may add 20 MB, and 128 of them have 4: 64 MiB in all.
-constexpr size_t most_compiled = 12 << 20, most_bytes = 32 << 20, most_remembered = 8 << 20;
+// Bytes of a grammar's nodes, before the text begins and in all; of what `after` remembers; and of
+// all grammars of the process.
+constexpr size_t most_compiled = 12 << 20, most_bytes = 32 << 20, most_remembered = 16 << 20,
+                 most_in_use = 512 << 20;
 constexpr size_t most_members = 1500;     // of `any`: each costs each derivative
 constexpr int deepest = 400;              // of calls within `after`: a few hundred bytes each
 constexpr size_t most_searched = 10'000;  // states of an intersection
@@ -46,11 +47,18 @@ Expressions::Expressions(const char* of_request) : param(of_request) {
     make({.kind = Kind::empty, .may_end = true, .finite = true});
 }
 
+Expressions::~Expressions() { in_use -= bytes(); }
+
 void Expressions::spend(size_t bytes) {
-    spent += bytes;
     const size_t most = is_compiled ? most_bytes : most_compiled;
-    if (spent > most)
+    if (spent + bytes > most)
         refuse(param, "%s is too complex: it needs more than %zu MiB", param, most >> 20);
+    if (in_use + bytes > most_in_use)
+        throw Refusal{429,
+                      gemma::text("%s: too many large grammars are in use: try again soon", param),
+                      param};
+    spent += bytes;
+    in_use += bytes;
 }
 
 Expressions::Id Expressions::make(Node node) {
@@ -63,10 +71,10 @@ Expressions::Id Expressions::make(Node node) {
     if (node.kind == Kind::bytes) add(node.bytes);
     const Id next = Id(nodes.size());
     if (node.kind == Kind::rule) add(next);  // each rule is another
-    const auto [found, is_new] = known.try_emplace(std::move(key), next);
-    if (!is_new) return found->second;
-    spend(sizeof node + 2 * found->first.size() + 100);
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+    spend(sizeof node + 2 * key.size() + 100);
     nodes.push_back(std::move(node));
+    known.emplace(std::move(key), next);
     return next;
 }
 
@@ -302,15 +310,27 @@ Bytes Expressions::alike(Id e, uint8_t byte) const {
     return {};
 }
 
+namespace {
+
+struct Level {  // of calls
+    int& depth;
+    explicit Level(int& of) : depth(of) { depth++; }
+    ~Level() { depth--; }
+};
+
+}  // namespace
+
 Expressions::Id Expressions::remember(Id e, uint8_t byte) {
-    if (depth > deepest) refuse(param, "%s is nested too deep", param);
-    depth++;
+    if (depth > deepest)
+        refuse(param, "%s is nested too deep, or refers to itself before it takes a byte", param);
+    const Level level(depth);
     const Id found = derive(e, byte);
     const Id left = is_live(found) ? found : nothing;
-    depth--;
+    if (remembered > most_remembered) forget();
     auto& memo = nodes[size_t(e)].after;
     if (!memo) {
         remembered += 256 * sizeof(Id);
+        in_use += 256 * sizeof(Id);
         memo = std::make_unique<Id[]>(256);
         std::fill_n(memo.get(), 256, -1);
     }
@@ -321,16 +341,16 @@ Expressions::Id Expressions::remember(Id e, uint8_t byte) {
     return left;
 }
 
-void Expressions::save_memory() {
-    if (remembered < most_remembered) return;
+void Expressions::forget() {
     for (Node& node : nodes) node.after = nullptr;
+    in_use -= remembered;
     remembered = 0;
 }
 
 // [3] Being sure ----------------------------------------------------------------------------------
 
-// Whether there is a text in an intersection is found by a search for the nearest one. Other
-// expressions are `nothing` as soon as they have no text.
+// Whether there is a text in an intersection is found by a search for the nearest one. Others are
+// `nothing` as soon as they have no text; but `but`, which stands in intersections alone.
 bool Expressions::is_live(Id e) {
     if (nodes[size_t(e)].kind != Kind::both) return e != nothing;
     if (const auto found = live.find(e); found != live.end()) return found->second;
@@ -364,11 +384,13 @@ std::vector<Expressions::Id> Expressions::rules_without_text() {
     for (const Id rule : rules)
         after(rule, 0);  // one that calls itself at once has no end of calls
     // Rules are found to have a text from those that call no other on.
-    std::vector<bool> has(nodes.size());
+    std::vector<char> has(nodes.size());
     for (bool found = true; found;) {
         found = false;
+        std::vector<signed char> known_text(nodes.size(), -1);  // in this round
         for (const Id rule : rules) {
-            if (has[size_t(rule)] || !has_text(nodes[size_t(rule)].a, has)) continue;
+            const Id body = nodes[size_t(rule)].a;
+            if (has[size_t(rule)] || !has_text(body, has, known_text)) continue;
             has[size_t(rule)] = found = true;
         }
     }
@@ -379,22 +401,29 @@ std::vector<Expressions::Id> Expressions::rules_without_text() {
     return without;
 }
 
-bool Expressions::has_text(Id e, const std::vector<bool>& rule_has) const {
-    for (; nodes[size_t(e)].kind == Kind::then; e = nodes[size_t(e)].b) {
-        if (!has_text(nodes[size_t(e)].a, rule_has)) return false;
-    }
+bool Expressions::has_text(Id e, const std::vector<char>& rule_has,
+                           std::vector<signed char>& known_text) const {
+    signed char& answer = known_text[size_t(e)];
+    if (answer >= 0) return answer;
     const Node& node = nodes[size_t(e)];
+    const auto has = [&](Id one) { return has_text(one, rule_has, known_text); };
     switch (node.kind) {
+        case Kind::then:
+            answer = has(node.a) && has(node.b);
+            break;
         case Kind::any:
-            return std::any_of(node.members.begin(), node.members.end(),
-                               [&](Id member) { return has_text(member, rule_has); });
+            answer = std::any_of(node.members.begin(), node.members.end(), has);
+            break;
         case Kind::repeat:
-            return node.least == 0 || has_text(node.a, rule_has);
+            answer = node.least == 0 || has(node.a);
+            break;
         case Kind::rule:
-            return rule_has[size_t(e)];
+            answer = rule_has[size_t(e)];
+            break;
         default:
-            return e != nothing;
+            answer = e != nothing;
     }
+    return answer;
 }
 
 // [4] Free ----------------------------------------------------------------------------------------

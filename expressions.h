@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -18,7 +19,7 @@ namespace gemma {
 // What is left of a text to write is an expression too: `after` takes a byte off the front of each
 // of its texts (Brzozowski, "Derivatives of Regular Expressions", 1964). A rule may stand within
 // its own body, which makes the language context-free: its calls pile up in `then`, as on a stack.
-// Throws a Refusal where a request needs more than 64 MiB, or more work than a few milliseconds.
+// Throws a Refusal where a request needs too much memory, or a search too many steps.
 class Expressions {
   public:
     using Id = int;
@@ -27,6 +28,8 @@ class Expressions {
     static constexpr int no_end = -1;            // as the most of repeat
 
     explicit Expressions(const char* of_request);  // the field that a Refusal names
+    ~Expressions();
+    Expressions(const Expressions&) = delete;
     Id one_of(const Bytes& bytes);
     Id range(uint8_t low, uint8_t high);
     Id text(std::string_view bytes);
@@ -58,12 +61,9 @@ class Expressions {
     size_t size() const { return nodes.size(); }
     size_t bytes() const { return spent + remembered; }  // of memory, about
     void start_writing() { is_compiled = true; }         // from here on more memory is given
-    // Drops what `after` remembers, if that is much. Expressions keep their numbers.
-    void save_memory();
-
     // If every text of at most n characters of the set `plain` is the start of a text of e, n is
-    // returned (no_end: of any length; 0 also where this is not known). only: and no longer text of
-    // such characters alone is. These are most of a vocabulary, so few others are left to try.
+    // returned (no_end: of any length; 0 also where this is not known). only: n is also the most.
+    // These are most of a vocabulary, so few others are left to try.
     struct Free {
         int characters;
         bool only;
@@ -89,7 +89,9 @@ class Expressions {
     Bytes alike(Id e, uint8_t byte) const;  // bytes that have the same derivative as `byte`
     Id intersect(Id a, Id b);
     bool is_live(Id e);
-    bool has_text(Id e, const std::vector<bool>& rule_has) const;
+    bool has_text(Id e, const std::vector<char>& rule_has,
+                  std::vector<signed char>& known_text) const;
+    void forget();  // what `after` remembers; expressions keep their numbers
     Free free_of(Id e, Id plain);
     void spend(size_t bytes);
 
@@ -99,7 +101,8 @@ class Expressions {
     std::unordered_map<Id, bool> is_plain;  // of what is repeated: does it take each character of
                                             // `plain`, and no longer text of them?
     std::vector<Id> rules;
-    size_t spent = 0, remembered = 0;  // bytes
+    size_t spent = 0, remembered = 0;              // bytes
+    static inline std::atomic<size_t> in_use = 0;  // bytes of all
     int depth = 0;
     bool is_compiled = false;
 };

@@ -21,6 +21,7 @@
 #include "gemma.h"
 
 #include <algorithm>
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <cstring>
@@ -594,7 +595,7 @@ std::vector<int> CudaModel::pack_bitsets(const Batch& b) {
     size_t words = 0, used = 0;
     for (const Output& o : b.outputs) words += o.allowed ? o.allowed->size() : 0;
     if (words == 0) return places;
-    bool moved = bitsets.reserve(words);
+    bool moved = bitsets.reserve(std::bit_ceil(words));  // lest each new row drop the graphs
     if (device_bitsets.reserve(bitsets.size)) moved = true;
     if (moved) drop_graphs();
     std::unordered_map<const std::vector<uint32_t>*, int> known;

@@ -24,7 +24,8 @@ const Ranges plain_ranges{{' ', '!'}, {'#', '['}, {']', last_character}};
 
 // Of what a bitset may cost, as Expressions::work; ordinary ones cost a few hundred.
 constexpr size_t most_work = 20'000;
-constexpr size_t most_sets = 128;  // of a grammar: 4 MB for 262,144 ids
+constexpr size_t most_piece = 255;  // bytes: as Vocabulary::Node's depth
+constexpr size_t most_sets = 128;   // of a grammar: 4 MB for 262,144 ids
 // Of the grammars that are kept: how many, and the bytes of each and of all.
 constexpr size_t most_grammars = 64, most_bytes_each = 16 << 20, most_bytes_kept = 256 << 20;
 
@@ -54,7 +55,8 @@ Vocabulary::Vocabulary(const Tokenizer& t, std::vector<int> of_text, int ids)
     std::vector<std::vector<int>> by_characters(1);
     for (int id = 0; id < std::min(size, tokenizer.size()); id++) {
         const std::string_view bytes = tokenizer.bytes(id);
-        if (bytes.empty() || std::count(ends.begin(), ends.end(), id)) continue;
+        if (bytes.empty() || bytes.size() > most_piece || std::count(ends.begin(), ends.end(), id))
+            continue;
         pieces.emplace_back(bytes, id);
         const size_t count = plain_characters(x, plain, bytes);
         if (count == 0) rest.emplace_back(bytes, id);
@@ -136,10 +138,12 @@ Bitset Vocabulary::allowed(Expressions& x, Id e, Id plain) const {
     return out;
 }
 
-Bitset Vocabulary::only_ends() const {
+// Only a pattern made for it comes so far, or a text of megabytes.
+std::shared_ptr<const Bitset> Vocabulary::ended_early(const std::string& reason) const {
+    say("constrained text ends early: " + reason, Severity::warning);
     Bitset out(size_t(size + 31) / 32);
     for (const int id : ends) set(out, id);
-    return out;
+    return std::make_shared<const Bitset>(std::move(out));
 }
 
 // [2] Grammar -------------------------------------------------------------------------------------
@@ -159,6 +163,7 @@ std::shared_ptr<Grammar> Grammar::of_choices(const std::vector<std::string>& cho
                                              const char* param) {
     auto g = std::make_shared<Grammar>(param);
     g->start = g->expressions.texts(choices);
+    g->try_start();
     return g;
 }
 
@@ -181,7 +186,6 @@ std::shared_ptr<const Bitset> Grammar::known_set(Id e) const {
 std::shared_ptr<const Bitset> Grammar::allowed(const Vocabulary& vocabulary, Id e) {
     if (auto known = known_set(e)) return known;
     if (sets.size() >= most_sets) sets.clear();
-    expressions.save_memory();
     return sets[e] = std::make_shared<Bitset>(vocabulary.allowed(expressions, e, plain));
 }
 
@@ -221,7 +225,7 @@ void GrammarConstraint::append(int id) {
         appended.push_back(id);
         set = nullptr;
     }
-    all.post(shared_from_this());
+    all.post(shared_from_this(), /*runs=*/true);
 }
 
 // Nearly all states of a text have been met before: then there is nothing to wait for.
@@ -259,9 +263,9 @@ void GrammarConstraint::make() {
         generated += int(ids.size());
         next = grammar->allowed(vocabulary, left);
     } catch (const Refusal& r) {
-        // The text cannot go on, so it ends here. Only a pattern made for it comes so far.
-        say(text("constrained text ends early: %s", r.message.c_str()), Severity::warning);
-        next = std::make_shared<Bitset>(vocabulary.only_ends());
+        next = vocabulary.ended_early(r.message);
+    } catch (const std::exception& e) {  // no memory
+        next = vocabulary.ended_early(e.what());
     }
     if (generated < min_tokens) next = without(stop_ids, next);
     const std::lock_guard lock(mutex);
@@ -329,14 +333,18 @@ void Grammars::keep(const std::string& key, const std::shared_ptr<Grammar>& gram
 std::shared_ptr<Constraint> Grammars::start(const std::shared_ptr<Grammar>& grammar,
                                             const Sequence& sequence) {
     const auto constraint = std::make_shared<GrammarConstraint>(*this, grammar, sequence);
-    post(constraint);
+    post(constraint, /*runs=*/false);
     return constraint;
 }
 
-void Grammars::post(std::shared_ptr<GrammarConstraint> constraint) {
+void Grammars::post(std::shared_ptr<GrammarConstraint> constraint, bool runs) {
     {
         const std::lock_guard lock(mutex);
-        posted.push_back(std::move(constraint));
+        // Texts that run go before those that begin.
+        if (runs)
+            posted.push_front(std::move(constraint));
+        else
+            posted.push_back(std::move(constraint));
     }
     changed.notify_all();
 }
@@ -355,7 +363,7 @@ void Grammars::run() {
         posted.pop_front();
         in_work++;
         lock.unlock();
-        constraint->make();
+        if (constraint.use_count() > 1) constraint->make();  // else its sequence is gone
         lock.lock();
         in_work--;
         if (posted.empty() && in_work == 0) changed.notify_all();

@@ -4,8 +4,8 @@
 // engine sees a bitset (Output::allowed), nothing else.
 //
 //   Vocabulary         bytes that may follow become ids that may follow
-//   Grammar            what a request asks for, compiled: a JSON schema, a regular expression,
-//   choices Grammars           those of late requests, and the threads that make bitsets
+//   Grammar            what a request asks for, compiled: a JSON schema, a pattern or choices
+//   Grammars           those of late requests, and the threads that make bitsets
 //   GrammarConstraint  the place of one sequence in its text
 #pragma once
 
@@ -35,7 +35,8 @@ class Vocabulary {
     // always one, because every byte has a piece: a walk that would take too long leaves out long
     // pieces.
     Bitset allowed(Expressions& x, Expressions::Id e, Expressions::Id plain) const;
-    Bitset only_ends() const;
+    // For a text that cannot go on: `ends` alone. Says the reason in the log.
+    std::shared_ptr<const Bitset> ended_early(const std::string& reason) const;
 
     const Tokenizer& tokenizer;
     const std::vector<int> ends;
@@ -126,7 +127,7 @@ class Grammars {
   private:
     friend GrammarConstraint;
     void keep(const std::string& key, const std::shared_ptr<Grammar>& grammar);
-    void post(std::shared_ptr<GrammarConstraint> constraint);
+    void post(std::shared_ptr<GrammarConstraint> constraint, bool runs);
     void run();  // each thread
 
     std::shared_future<Vocabulary> made;

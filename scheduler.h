@@ -62,7 +62,7 @@ struct Sequence {
     // leaves out the ids that would end the text.
     int min_tokens = 0;
     std::shared_ptr<const std::vector<uint32_t>> allowed_before;
-    std::shared_ptr<Constraint> constraint;  // null: none. In the place of both
+    std::shared_ptr<Constraint> constraint;  // null: none. In the place of `allowed`s
     int choice = 0;
     std::shared_ptr<Inbox> inbox;
     double arrived = 0;  // seconds, as of seconds()
@@ -450,7 +450,8 @@ class Scheduler {
         if (wants_scores(s)) return false;
         return std::any_of(running_.begin(), running_.end(), [&](const auto& r) {
             const int end = (r->computed / page_tokens + 1) * page_tokens;  // of its next page
-            return left(*r) > 1 && end <= int(r->tokens.size()) && end < int(s.tokens.size()) &&
+            return left(*r) > 1 && !awaits_constraint(*r) && end <= int(r->tokens.size()) &&
+                   end < int(s.tokens.size()) &&
                    std::equal(s.tokens.begin(), s.tokens.begin() + end, r->tokens.begin());
         });
     }

@@ -261,23 +261,23 @@ class Schema {
             if (rest.contains(keyword))
                 all.fail(place, text("%s beside enum or const is not supported", keyword));
         }
-        const Id fitting = compile(rest, place);
+        const Id fitting = rest.empty() ? x.nothing : compile(rest, place);
         std::vector<std::string> strings;
         std::vector<Id> members;
         for (const ordered& value : values) {
             if (schema.contains("const") && schema.contains("enum") && !Schemas::has(list, value))
                 continue;
-            if (!fits(fitting, value)) continue;
-            if (value.is_string())
-                strings.push_back(quote_plain(value));
-            else
+            if (!rest.empty() && !fits(fitting, value)) continue;
+            if (value.is_structured())
                 members.push_back(literal(value));
+            else
+                strings.push_back(quote_plain(value));
         }
         members.push_back(x.texts(strings));
         return x.any(std::move(members));
     }
     bool fits(Id e, const ordered& value) {
-        const double number = value.is_number_float() ? value.get<double>() : 0.5;
+        const double number = value.is_number() ? value.get<double>() : 0.5;
         const bool whole = std::floor(number) == number;
         const auto most = double(most_integer);  // what is larger fits where this does
         const auto integer = int64_t(whole ? std::clamp(number, -most, most) : 0);
@@ -468,7 +468,9 @@ class Schema {
                     {name, x.sequence({x.text(quote_plain(name)), colon(), others}), true});
         }
         std::vector<Id> names;
-        for (const Property& p : list) names.push_back(spelled(p.name));
+        for (const Property& p : list) {
+            if (others != x.nothing) names.push_back(spelled(p.name));
+        }
         const Id characters = x.repeat(character, 0, x.no_end);
         const Id key = quoted(names.empty() ? characters : x.both(characters, x.but(x.any(names))));
         const Id pair = x.sequence({key, colon(), others});
@@ -514,6 +516,7 @@ std::shared_ptr<Grammar> Grammar::of_object(const char* param) {
     auto g = std::make_shared<Grammar>(param);
     const ordered any = true;
     g->start = Schema(*g, any).any_object();
+    g->try_start();
     return g;
 }
 
