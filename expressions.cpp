@@ -19,13 +19,12 @@ namespace {
 
 using Bytes = Expressions::Bytes;
 
-// Bytes of a grammar's nodes, before the text begins and in all; of what `after` remembers; and of
-// all grammars of the process.
-constexpr size_t most_compiled = 12 << 20, most_bytes = 32 << 20, most_remembered = 16 << 20,
-                 most_in_use = 512 << 20;
-constexpr size_t most_members = 1500;     // of `any`: each costs each derivative
-constexpr int deepest = 400;              // of calls within `after`: a few hundred bytes each
-constexpr size_t most_searched = 10'000;  // states of an intersection
+// Bytes of nodes: of a grammar before its text begins, and in all, and of all grammars together.
+constexpr size_t most_compiled = 12 << 20, most_bytes = 32 << 20, most_in_use = 512 << 20;
+constexpr size_t most_remembered = 8 << 20;  // bytes of what `after` remembers
+constexpr size_t most_members = 1500;        // of `any`: each costs each derivative
+constexpr int deepest = 400;                 // of calls within `after`: a few hundred bytes each
+constexpr size_t most_searched = 10'000;     // states of an intersection
 
 Bytes meet(Bytes a, const Bytes& b) {
     for (size_t i = 0; i < a.size(); i++) a[i] &= b[i];
@@ -47,7 +46,7 @@ Expressions::Expressions(const char* of_request) : param(of_request) {
     make({.kind = Kind::empty, .may_end = true, .finite = true});
 }
 
-Expressions::~Expressions() { in_use -= bytes(); }
+Expressions::~Expressions() { in_use -= spent; }
 
 void Expressions::spend(size_t bytes) {
     const size_t most = is_compiled ? most_bytes : most_compiled;
@@ -330,7 +329,6 @@ Expressions::Id Expressions::remember(Id e, uint8_t byte) {
     auto& memo = nodes[size_t(e)].after;
     if (!memo) {
         remembered += 256 * sizeof(Id);
-        in_use += 256 * sizeof(Id);
         memo = std::make_unique<Id[]>(256);
         std::fill_n(memo.get(), 256, -1);
     }
@@ -341,9 +339,14 @@ Expressions::Id Expressions::remember(Id e, uint8_t byte) {
     return left;
 }
 
+// What waits for its turn should hold little.
+void Expressions::start_writing() {
+    is_compiled = true;
+    forget();
+}
+
 void Expressions::forget() {
     for (Node& node : nodes) node.after = nullptr;
-    in_use -= remembered;
     remembered = 0;
 }
 

@@ -59,8 +59,8 @@ class Expressions {
     // What after costs, about: a function of e alone, whatever is remembered.
     size_t work(Id e) const { return 1 + nodes[size_t(e)].members.size(); }
     size_t size() const { return nodes.size(); }
-    size_t bytes() const { return spent + remembered; }  // of memory, about
-    void start_writing() { is_compiled = true; }         // from here on more memory is given
+    size_t bytes() const { return spent; }  // of its nodes, which only grow
+    void start_writing();                   // from here on more memory is given
     // If every text of at most n characters of the set `plain` is the start of a text of e, n is
     // returned (no_end: of any length; 0 also where this is not known). only: n is also the most.
     // These are most of a vocabulary, so few others are left to try.
@@ -102,7 +102,7 @@ class Expressions {
                                             // `plain`, and no longer text of them?
     std::vector<Id> rules;
     size_t spent = 0, remembered = 0;              // bytes
-    static inline std::atomic<size_t> in_use = 0;  // bytes of all
+    static inline std::atomic<size_t> in_use = 0;  // what all have spent
     int depth = 0;
     bool is_compiled = false;
 };

@@ -444,6 +444,7 @@ Ask ask_of(const Output& o) {
     r.hash = mix(s.seed + 0x9e3779b97f4a7c15u * (uint64_t(o.index) + 1) + mix(s.seed));
     r.target = o.target;
     r.logprobs = s.logprobs;
+    r.allowed = -1;
     return r;
 }
 
