@@ -73,7 +73,8 @@ struct Grammar {
     // These two with the mutex held.
     std::shared_ptr<const Bitset> allowed(const Vocabulary& vocabulary, Expressions::Id e);
     std::shared_ptr<const Bitset> known_set(Expressions::Id e) const;  // null: not made yet
-    size_t bytes();                                                    // of its nodes and bitsets
+    // Of its nodes and bitsets.
+    size_t bytes();
     void try_start();  // refuses now what its first byte would refuse
 
     std::mutex mutex;
