@@ -62,7 +62,7 @@ class Judge:
     def __init__(self, command):
         self.command, self.child, self.peak = command, None, 0
 
-    def ask(self, case="", limit=20, **request):
+    def ask(self, case="", limit=100, **request):
         if self.child is None:
             self.child = subprocess.Popen(self.command, stdin=-1, stdout=-1, stderr=-1)
         counts["requests"] += 1
