@@ -2268,12 +2268,15 @@ TEST_CASE("structured output: on both routes, streamed and whole, of one choice 
 TEST_CASE("structured output does not depend on neighbours, chunks or pages", "[http]") {
     Server tiny({"--num-gpu-blocks-override", "8", "--max-num-batched-tokens", "16"});
     const auto all = constraints();
+    const json longer = json::parse(R"({"guided_json": {"type": "array", "minItems": 100, "items":
+        {"type": "string", "pattern": "^[a-z]{2}$"}}})");  // of all the tokens that it may have
     const auto run = [&](size_t i, int port) {
         const json fields{{"seed", i},
                           {"max_tokens", 120},
                           {"logprobs", 2},
                           {"prompt", Ids(20 + i % 7 * 9, 300)}};
-        return comparable(ask(completions, with(fields, all[i % all.size()]), port));
+        return comparable(
+            ask(completions, with(fields, i % 3 ? longer : all[i / 3 % all.size()]), port));
     };
     const auto crowd = at_once<json>(27, [&](size_t i) { return run(i, tiny.port); });
     for (size_t i = 0; i < crowd.size(); i++) {
