@@ -434,7 +434,7 @@ class Schema {
         std::set<std::string> names;
         for (const ordered& name : is_list ? required : ordered::array({0})) {
             if (!name.is_string()) all.fail(place, "required must be a list of names");
-            names.insert(name);
+            names.insert(name.get<std::string>());
         }
         return names;
     }

@@ -121,9 +121,10 @@ std::vector<std::string> Schemas::types_of(const ordered& schema, const std::str
         return types.empty() ? all : types;
     }
     for (const ordered& type : given.is_array() ? given : ordered::array({given})) {
-        if (type != "integer" && !std::count(all.begin(), all.end(), type))
+        const std::string name = type.is_string() ? type.get<std::string>() : "";
+        if (name != "integer" && !std::count(all.begin(), all.end(), name))
             fail(place, "type must be a JSON type, got " + type.dump().substr(0, 100));
-        types.push_back(type);
+        types.push_back(name);
     }
     return types;
 }
