@@ -47,10 +47,10 @@ void Schemas::charge(size_t nodes, const std::string& place) {
         fail(place, "the schema is too large, or what $ref, allOf, anyOf and oneOf make of it is");
 }
 
-const ordered& Schemas::member(const ordered& object, const std::string& name) {
+const ordered& Schemas::member(const ordered& object, std::string_view name) {
     static const ordered null;
     if (!object.is_object()) return null;
-    const auto found = object.find(name);
+    const auto found = object.find(std::string(name));
     return found == object.end() ? null : *found;
 }
 
@@ -295,8 +295,9 @@ bool Schemas::exclusive(const ordered& left, const ordered& right, const std::st
     return std::any_of(required.begin(), required.end(), [&](const ordered& name) {
         charge(1 + also.size() + member(left, "properties").size() / 8, place);
         if (!name.is_string() || !has(also, name)) return false;
-        const ordered &of_left = member(member(left, "properties"), name),
-                      &of_right = member(member(right, "properties"), name);
+        const auto& key = name.get_ref<const std::string&>();
+        const ordered &of_left = member(member(left, "properties"), key),
+                      &of_right = member(member(right, "properties"), key);
         return !of_left.is_null() && !of_right.is_null() &&
                exclusive(of_left, of_right, place, levels - 1);
     });

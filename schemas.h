@@ -5,6 +5,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -34,7 +35,7 @@ class Schemas {
     void charge(size_t nodes, const std::string& place);
 
     // A member of an object; null, of static storage, if there is none.
-    static const ordered& member(const ordered& object, const std::string& name);
+    static const ordered& member(const ordered& object, std::string_view name);
     static bool has(const ordered& list, const ordered& value);  // is the value in the list?
     // What is left of a schema without a keyword, and without those that only describe.
     static ordered without(const ordered& schema, const std::string& keyword);
