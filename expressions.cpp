@@ -99,8 +99,7 @@ Expressions::Id Expressions::text(std::string_view bytes) {
 Expressions::Id Expressions::texts(std::vector<std::string> all) {
     std::sort(all.begin(), all.end());
     all.erase(std::unique(all.begin(), all.end()), all.end());
-    // What of each text is not yet read, from the longest shared start down; `open` is a stack.
-    std::vector<std::vector<Id>> open(1);  // [bytes of the last text] what may follow them
+    std::vector<std::vector<Id>> open(1);  // [n] what may follow the last text's first n bytes
     std::string last;
     const auto close = [&](size_t keep) {
         while (open.size() > keep + 1) {
@@ -353,7 +352,7 @@ void Expressions::forget() {
 // [3] Being sure ----------------------------------------------------------------------------------
 
 // Whether there is a text in an intersection is found by a search for the nearest one. Others are
-// `nothing` as soon as they have no text; but `but`, which stands in intersections alone.
+// `nothing` as soon as they have no text, except complements, which stand in intersections alone.
 bool Expressions::is_live(Id e) {
     if (nodes[size_t(e)].kind != Kind::both) return e != nothing;
     if (const auto found = live.find(e); found != live.end()) return found->second;

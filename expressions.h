@@ -61,12 +61,11 @@ class Expressions {
     size_t size() const { return nodes.size(); }
     size_t bytes() const { return spent; }  // of its nodes, which only grow
     void start_writing();                   // from here on more memory is given
-    // If every text of at most n characters of the set `plain` is the start of a text of e, n is
-    // returned (no_end: of any length; 0 also where this is not known). only: n is also the most.
-    // These are most of a vocabulary, so few others are left to try.
+    // How many characters of the set `plain` may come next, whichever they are. Most of a
+    // vocabulary is made of them, so that few other pieces are left to try.
     struct Free {
-        int characters;
-        bool only;
+        int characters;  // no_end: any number; 0: none, or not known
+        bool only;       // no text of more plain characters may come
     };
     Free free_characters(Id e, Id plain);
     const char* const param;

@@ -138,7 +138,7 @@ Bitset Vocabulary::allowed(Expressions& x, Id e, Id plain) const {
     return out;
 }
 
-// Only a pattern made for it comes so far, or a text of megabytes.
+// Only a pattern that is made for it comes so far, or a counted string of very many characters.
 std::shared_ptr<const Bitset> Vocabulary::ended_early(const std::string& reason) const {
     say("constrained text ends early: " + reason, Severity::warning);
     Bitset out(size_t(size + 31) / 32);
@@ -193,7 +193,8 @@ std::shared_ptr<const Bitset> Grammar::allowed(const Vocabulary& vocabulary, Id 
 
 namespace {
 
-// But where nothing else may follow, the text may end before min_tokens.
+// The ids of `from` that are not in `ids`; `from` itself where that would leave none, because then
+// a text must end before min_tokens.
 std::shared_ptr<const Bitset> without(const std::vector<int>& ids,
                                       const std::shared_ptr<const Bitset>& from) {
     Bitset out = *from;
@@ -295,10 +296,10 @@ std::shared_ptr<Grammar> Grammars::find_or_make(
     std::shared_ptr<Grammar> kept;
     {
         const std::lock_guard lock(mutex);
-        const auto found = std::find_if(late.begin(), late.end(),
+        const auto found = std::find_if(recent.begin(), recent.end(),
                                         [&](const auto& one) { return one.first == key; });
-        if (found != late.end()) {
-            late.splice(late.begin(), late, found);
+        if (found != recent.end()) {
+            recent.splice(recent.begin(), recent, found);
             kept = found->second;
         }
     }
@@ -314,9 +315,9 @@ void Grammars::keep(const std::string& key, const std::shared_ptr<Grammar>& gram
     std::list<std::pair<std::string, std::shared_ptr<Grammar>>> all;
     {
         const std::lock_guard lock(mutex);
-        std::erase_if(late, [&](const auto& one) { return one.first == key; });
-        late.emplace_front(key, grammar);
-        all = late;
+        std::erase_if(recent, [&](const auto& one) { return one.first == key; });
+        recent.emplace_front(key, grammar);
+        all = recent;
     }
     size_t count = 0, bytes = 0;
     std::erase_if(all, [&](const auto& one) {  // what stays in `all` is dropped
@@ -324,7 +325,7 @@ void Grammars::keep(const std::string& key, const std::shared_ptr<Grammar>& gram
         return ++count <= most_grammars && bytes <= most_bytes_kept;
     });
     const std::lock_guard lock(mutex);
-    std::erase_if(late, [&](const auto& one) {
+    std::erase_if(recent, [&](const auto& one) {
         return std::any_of(all.begin(), all.end(),
                            [&](const auto& other) { return other.second == one.second; });
     });

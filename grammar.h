@@ -5,7 +5,7 @@
 //
 //   Vocabulary         bytes that may follow become ids that may follow
 //   Grammar            what a request asks for, compiled: a JSON schema, a pattern or choices
-//   Grammars           those of late requests, and the threads that make bitsets
+//   Grammars           those of recent requests, and the threads that make bitsets
 //   GrammarConstraint  the place of one sequence in its text
 #pragma once
 
@@ -73,8 +73,7 @@ struct Grammar {
     // These two with the mutex held.
     std::shared_ptr<const Bitset> allowed(const Vocabulary& vocabulary, Expressions::Id e);
     std::shared_ptr<const Bitset> known_set(Expressions::Id e) const;  // null: not made yet
-    // Of its nodes and bitsets.
-    size_t bytes();
+    size_t bytes();    // of its nodes and bitsets; takes the mutex
     void try_start();  // refuses now what its first byte would refuse
 
     std::mutex mutex;
@@ -138,7 +137,7 @@ class Grammars {
     std::deque<std::shared_ptr<GrammarConstraint>> posted;
     int in_work = 0;
     bool stopping = false;
-    std::list<std::pair<std::string, std::shared_ptr<Grammar>>> late;  // most lately used first
+    std::list<std::pair<std::string, std::shared_ptr<Grammar>>> recent;  // last used first
     std::vector<std::thread> threads;  // last: they start when the rest is there
 };
 

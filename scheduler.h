@@ -62,7 +62,7 @@ struct Sequence {
     // leaves out the ids that would end the text.
     int min_tokens = 0;
     std::shared_ptr<const std::vector<uint32_t>> allowed_before;
-    std::shared_ptr<Constraint> constraint;  // null: none. In the place of `allowed`s
+    std::shared_ptr<Constraint> constraint;  // null: none. Replaces `allowed` and allowed_before
     int choice = 0;
     std::shared_ptr<Inbox> inbox;
     double arrived = 0;  // seconds, as of seconds()

@@ -392,6 +392,22 @@ TEST_CASE("what was refused once is refused again, and the rest goes on") {
     CHECK(accepts(*g, "dxxx"));
 }
 
+TEST_CASE("a counted string may be long before its states need too much memory") {
+    const auto g = schema(R"({"type": "string", "maxLength": 10000000})");
+    Id e = g->expressions.after(g->start, '"');
+    int characters = 0;
+    try {
+        for (; characters < 10'000'000; characters++) {
+            e = g->expressions.after(e, 'a');
+            if (characters % 4 == 0) g->allowed(vocabulary(), e);
+        }
+    } catch (const Refusal& r) {
+        CHECK(r.message == "field is too complex: it needs more than 32 MiB");
+    }
+    std::printf("a string with maxLength, tokens of 4 characters: %d characters\n", characters);
+    CHECK(characters > 20'000);
+}
+
 TEST_CASE("constraints: many texts at once, of one grammar and of several") {
     Grammars all(tokenizer(), {Tokenizer::eos}, tokenizer().size());
     std::mt19937 random(3);
