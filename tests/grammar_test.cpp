@@ -102,6 +102,21 @@ TEST_CASE("expressions: an intersection without a text is nothing, as soon as it
     CHECK(x.after(e, 'a') == x.nothing);  // a fifth could not be completed to an even number
 }
 
+TEST_CASE("expressions: how many plain characters may come next") {
+    Expressions x("x");
+    const Id plain = characters(x, {{' ', '!'}, {'#', '['}, {']', last_character}});
+    const Id quote = x.text("\""), any = x.repeat(plain, 0, x.no_end);
+    const auto free = [&](Id e) { return x.free_characters(e, plain).characters; };
+    CHECK(free(x.then(any, quote)) == x.no_end);
+    CHECK(free(x.then(x.repeat(plain, 2, 7), quote)) == 7);
+    CHECK(free(x.repeat(x.text("a"), 0, x.no_end)) == 0);
+    CHECK(x.free_characters(x.then(x.repeat(plain, 0, 7), quote), plain).only);
+    CHECK(!x.free_characters(x.then(x.repeat(plain, 0, 7), x.text(".")), plain).only);
+    // All texts but a few can be begun by each; all but many cannot.
+    CHECK(free(x.both(any, x.but(x.texts({"ab", "c"})))) == x.no_end);
+    CHECK(free(x.both(any, x.but(x.then(x.text("a"), any)))) == 0);
+}
+
 // [2] Bitsets -------------------------------------------------------------------------------------
 
 TEST_CASE("bitsets: those of a walk over all pieces, in any order of questions") {
@@ -479,7 +494,7 @@ TEST_CASE("constraints: the grammars of late requests are kept, up to a number a
         }
         std::printf("%d grammars kept, %.1f MB\n", kept, double(bytes) / 1e6);
         CHECK((kept >= 9 && kept <= 64));
-        CHECK(bytes <= 300 << 20);
+        CHECK(bytes <= 256 << 20);
     }
 }
 
