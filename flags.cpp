@@ -90,7 +90,8 @@ const OtherFlags other_flags[]{
      " disable-async-output-proc disable-cascade-attn disable-chunked-mm-input"
      " disable-custom-all-reduce disable-fastapi-docs disable-frontend-multiprocessing"
      " disable-hybrid-kv-cache-manager disable-log-stats disable-mm-preprocessor-cache"
-     " disable-nccl-for-dp-synchronization disable-uvicorn-access-log enable-chunked-prefill"
+     " disable-nccl-for-dp-synchronization disable-uvicorn-access-log enable-auto-tool-choice"
+     " enable-chunked-prefill"
      " enable-dbo enable-elastic-ep enable-ep-weight-filter enable-eplb enable-expert-parallel"
      " enable-flashinfer-autotune enable-layerwise-nvtx-tracing enable-log-deltas"
      " enable-logging-iteration-details enable-mfu-metrics"
@@ -120,7 +121,6 @@ const OtherFlags other_flags[]{
     {a_switch, "trust-request-mm-kwargs", "false", "only text is served"},
     {a_switch, "enable-prefix-caching", "true", "prompts always share their common beginning"},
     {a_switch, "allow-credentials", "false", "browsers are answered without credentials"},
-    {a_switch, "enable-auto-tool-choice", "false", "tools are not offered"},
     {a_switch, "enable-reasoning", "false", "Gemma 3 writes no reasoning apart"},
     {a_switch, "enable-lora enable-lora-bias enable-prompt-adapter", "false",
      "merge the adapter into the checkpoint, and serve that"},
@@ -178,7 +178,8 @@ const OtherFlags other_flags[]{
      " replayssm-buffer-len safetensors-prefetch-block-size safetensors-prefetch-num-threads"
      " sleep-mode-backend sparse-indexer-topk-backend tool-strict-level video-pruning-method"
      " watchdog-config watermark"
-     " swap-space tokenizer-pool-extra-config tokenizer-pool-size tokenizer-pool-type"
+     " swap-space tool-call-parser tokenizer-pool-extra-config tokenizer-pool-size "
+     "tokenizer-pool-type"
      " ubatch-size uvicorn-log-level video-pruning-rate",
      any},
     {many_values,
@@ -247,7 +248,8 @@ const OtherFlags other_flags[]{
      "no Python class can be loaded"},
     {one_value, "max-num-partial-prefills", "1", "prompts are computed one after the other"},
     {one_value, "stream-interval", "1", "each token is sent when it is there"},
-    {one_value, "tool-call-parser tool-parser-plugin tool-server", "", "tools are not offered"},
+    {one_value, "tool-parser-plugin tool-server", "",
+     "calls are found by this server's own parser"},
     {one_value, "reasoning-config reasoning-parser reasoning-parser-plugin", "",
      "Gemma 3 writes no reasoning apart"},
     {one_value, "chat-template", "", "the chat template is Gemma 3's"},

@@ -146,6 +146,7 @@ class Grammars {
 using Ranges = std::vector<std::pair<char32_t, char32_t>>;  // of characters, inclusive
 constexpr char32_t last_character = 0x10FFFF;
 std::u32string decode_utf8(std::string_view s);  // of valid UTF-8
+std::string encode_utf8(char32_t c);
 // One of these characters in UTF-8; as a JSON string spells it, escaped where it must be.
 Expressions::Id characters(Expressions& x, const Ranges& ranges);
 Expressions::Id json_characters(Expressions& x, const Ranges& ranges);

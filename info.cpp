@@ -36,8 +36,9 @@ ordered model_card(Service& service, const std::string& name) {
 
 }  // namespace
 
-HttpReply tokenize(const Served& served, const json& body, const GoOn& go_on) {
-    const Request r = parse_tokenize(served, body, go_on);
+HttpReply tokenize(const Served& served, const json& body, const std::string& text,
+                   const GoOn& go_on) {
+    const Request r = parse_tokenize(served, body, text, go_on);
     const std::vector<int>& ids = r.prompts[0];
     ordered names;  // null unless asked for
     if (r.token_strs) names = ordered::array();
@@ -64,6 +65,15 @@ HttpReply list_models(Service& service, const HttpRequest& http) {
     for (const std::string& name : service.served.names)
         list["data"].push_back(model_card(service, name));
     return json_reply(list);
+}
+
+HttpReply responses(const HttpRequest&) {
+    throw Refusal{
+        404,
+        "/v1/responses is not served: use /v1/chat/completions. openai: "
+        "client.chat.completions.create; openai-agents: "
+        "set_default_openai_api(\"chat_completions\"); @ai-sdk/openai: openai.chat(model)",
+        ""};
 }
 
 HttpReply health(Service& service) {

@@ -8,10 +8,12 @@
 namespace gemma {
 
 // Each may throw a Refusal.
-HttpReply tokenize(const Served& served, const json& body, const GoOn& go_on);
+HttpReply tokenize(const Served& served, const json& body, const std::string& text,
+                   const GoOn& go_on);
 HttpReply detokenize(const Served& served, const json& body);
 HttpReply list_models(Service& service, const HttpRequest& http);  // or the one that its path names
 HttpReply health(Service& service);
+HttpReply responses(const HttpRequest& http);  // OpenAI's newer API: 404, and what to do
 HttpReply metrics_page(Service& service);
 HttpReply load(Service& service);  // requests that are being answered
 HttpReply version(Service& service);

@@ -29,8 +29,6 @@ std::u32string decode_utf8(std::string_view s) {
     return out;
 }
 
-namespace {
-
 std::string encode_utf8(char32_t c) {
     if (c < 0x80) return {char(c)};
     if (c < 0x800) return {char(0xC0 | c >> 6), char(0x80 | (c & 0x3F))};
@@ -38,6 +36,8 @@ std::string encode_utf8(char32_t c) {
     if (c < 0x10000) return char(0xE0 | c >> 12) + end;
     return std::string{char(0xF0 | c >> 18), char(0x80 | (c >> 12 & 0x3F))} + end;
 }
+
+namespace {
 
 // All texts of one length from `low` to `high`, in the order of bytes; the bytes behind the first
 // are those of characters.

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "fields.h"
+#include "messages.h"
 
 namespace gemma {
 
@@ -89,13 +90,13 @@ void check_template_kwargs(const json& body) {
     }
 }
 
-void check_offered(const json& body) {
+void check_offered(const json& body, bool chat) {
     for (const auto& [name, only] : not_offered.items()) {
         const auto value = body.find(name);
         if (value == body.end() || value->is_null() || *value == only) continue;
-        // Tools that the model may not call change nothing: Gemma's template does not show them.
-        const bool idle = (name == "tools" && body.value("tool_choice", json()) == "none") ||
-                          (name == "functions" && body.value("function_call", json()) == "none");
+        if (chat && (name == "tools" || name == "tool_choice")) continue;  // tools.cpp reads them
+        // Functions that may not be called change nothing.
+        const bool idle = name == "functions" && body.value("function_call", json()) == "none";
         if (idle && value->is_array()) continue;
         refuse(name.c_str(), "%s is not supported by this server: leave it out or give %s, got %s",
                name.c_str(), quote(only).c_str(), show(*value).c_str());
@@ -191,40 +192,6 @@ void check_fields(const Served& served, Request& r, const json& body) {
         refuse("allowed_token_ids", "allowed_token_ids must be a list of at least one id, got []");
 }
 
-// A message's content as the template takes it: text, or a list of parts that are text. As in
-// vLLM, null is a list without parts, and a part whose text is null is left out.
-json template_content(const json& content, size_t message) {
-    static const std::map<std::string, const char*> texts{{"text", "text"},
-                                                          {"input_text", "text"},
-                                                          {"output_text", "text"},
-                                                          {"refusal", "refusal"},
-                                                          {"thinking", "thinking"}};
-    if (!content.is_array() && !content.is_null()) return content;
-    json parts = json::array();
-    for (const json& part : content) {
-        if (part.is_string()) parts.push_back({{"type", "text"}, {"text", part}});
-        if (part.is_string()) continue;
-        const json type = part.is_object() ? part.value("type", json()) : json();
-        const auto found = type.is_string() ? texts.find(type) : texts.end();
-        if (found == texts.end())
-            refuse("messages", "messages[%zu].content: only text is served: a part has the type %s",
-                   message, show(type).c_str());
-        const auto text = part.find(found->second);
-        if (text == part.end() || !(text->is_string() || text->is_null()))
-            refuse("messages", "messages[%zu].content: %s must be a string", message,
-                   found->second);
-        if (text->is_string()) parts.push_back({{"type", "text"}, {"text", *text}});
-    }
-    return parts;
-}
-
-std::string text_of(const json& content) {  // of what template_content returns
-    if (content.is_string()) return content;
-    std::string s;
-    for (const json& part : content) s += part["text"].get_ref<const std::string&>();
-    return s;
-}
-
 }  // namespace
 
 // Copying 100,000 levels would overflow the stack. (With a callback, which could count them, the
@@ -306,13 +273,7 @@ void parse_prompts(const Served& served, const json& list, Request& r, const GoO
 }
 
 void parse_messages(const Served& served, const json& body, Request& r, const GoOn& go_on) try {
-    json messages = body.value("messages", json());
-    for (size_t i = 0; messages.is_array() && i < messages.size(); i++) {
-        json& message = messages[i];
-        if (!message.is_object()) continue;  // the template refuses it
-        if (message.value("role", json()) == "developer") message["role"] = "system";
-        message["content"] = template_content(message.value("content", json()), i);
-    }
+    const json messages = make_turns(body.value("messages", json()), r.tools.get());
     using Ending = Tokenizer::Ending;
     const Ending ending = r.continue_final_message  ? Ending::open
                           : r.add_generation_prompt ? Ending::generation_prompt
@@ -367,7 +328,7 @@ void check_scores(const Request& r) {
 
 // The order of checks is part of the API: of several mistakes a client is told the first. A full
 // queue (429) comes behind these, and before those of prompts (see generate in server.cpp).
-Request parse_request(const Served& served, const json& body, bool chat) {
+Request parse_request(const Served& served, const json& body, const std::string& text, bool chat) {
     const SamplingDefaults& d = served.checkpoint->defaults;
     Request r;
     r.chat = chat;
@@ -381,7 +342,8 @@ Request parse_request(const Served& served, const json& body, bool chat) {
     assign_all(r, chat ? chat_fields : completion_fields, body);
     parse_stream_options(body, r);
     check_model(served, r.model);
-    check_offered(body);
+    check_offered(body, chat);
+    if (chat) r.tools = parse_tools(body, text);
     if (!chat) r.add_generation_prompt = r.continue_final_message = false;
     if (r.model.empty()) r.model = served.names[0];
     r.temperature = r.temperature < 1e-5 ? 0 : std::clamp(r.temperature, 0.01, 1e6);  // as vLLM
@@ -392,13 +354,15 @@ Request parse_request(const Served& served, const json& body, bool chat) {
     return r;
 }
 
-Request parse_tokenize(const Served& served, const json& body, const GoOn& go_on) {
+Request parse_tokenize(const Served& served, const json& body, const std::string& text,
+                       const GoOn& go_on) {
     Request r;
     r.chat = body.contains("messages");
+    if (r.chat) r.tools = parse_tools(body, text);
     r.add_special_tokens = !r.chat;
     for (const auto* fields : {&prompt_fields, &tokenize_fields}) assign_all(r, *fields, body);
     check_model(served, r.model);
-    check_offered(body);
+    check_offered(body, r.chat);
     if (!r.chat) r.add_generation_prompt = false;
     check_fields(served, r, json::object());
     const json prompt = body.value("prompt", json());
@@ -407,9 +371,9 @@ Request parse_tokenize(const Served& served, const json& body, const GoOn& go_on
     if (r.chat) {
         parse_messages(served, body, r, go_on);
     } else {
-        const auto& text = prompt.get_ref<const std::string&>();
         const Tokenizer::Check check = check_text(served, r, go_on);
-        r.prompts.push_back(encode_prompt(served, text, r.add_special_tokens, check));
+        r.prompts.push_back(encode_prompt(served, prompt.get_ref<const std::string&>(),
+                                          r.add_special_tokens, check));
     }
     return r;
 }

@@ -13,6 +13,7 @@
 
 #include "scheduler.h"
 #include "tokenizer.h"
+#include "tools.h"
 
 namespace gemma {
 
@@ -49,6 +50,7 @@ struct Request {
     std::vector<std::string> stop;
     std::vector<int> stop_token_ids, allowed_token_ids;
     std::map<int, double> logit_bias;
+    std::shared_ptr<const Tools> tools;  // null: none
 };
 
 // Tokenising a request can take seconds. This is called amid it, and what it throws ends the work.
@@ -58,7 +60,8 @@ using GoOn = std::function<void()>;
 json parse_body(const std::string& body);                    // an object, nested at most 64 deep
 void check_depth(std::string_view text, const char* param);  // of JSON, before it is parsed
 // All that can be said of a request before its text is looked at.
-Request parse_request(const Served& served, const json& body, bool chat);
+// text: the body as it came.
+Request parse_request(const Served& served, const json& body, const std::string& text, bool chat);
 json list_prompts(const json& body);  // "prompt", as a list of prompts
 // A client's own id for its request; "" if it cannot stand in JSON and in a log as it is.
 std::string own_id(const std::string& given);
@@ -68,7 +71,9 @@ void parse_messages(const Served& served, const json& body, Request& r, const Go
 void check_model(const Served& served, const std::string& name);  // 404
 void check_length(const Served& served, const Request& r, size_t prompt_tokens);
 void check_scores(const Request& r);
-Request parse_tokenize(const Served& served, const json& body, const GoOn& go_on);  // one prompt
+// One prompt.
+Request parse_tokenize(const Served& served, const json& body, const std::string& text,
+                       const GoOn& go_on);
 std::vector<int> parse_detokenize(const Served& served, const json& body);
 
 // One for each choice: choice i of prompt p has the index p * n + i, and the seed plus i.

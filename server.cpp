@@ -72,7 +72,7 @@ HttpReply generate(const std::shared_ptr<Visit>& visit, const HttpRequest& http,
     Engine& engine = *visit->service.engine;
     const Served& served = visit->service.served;
     const json prompts = chat ? json() : list_prompts(body);
-    Request r = parse_request(served, body, chat);
+    Request r = parse_request(served, body, http.body, chat);
     const auto grammar = asked_grammar(*visit->service.grammars, r, body, http.body);
     if (grammar) r.ignore_eos = false;  // behind a complete text nothing else may follow
     r.id = own_id(http.id);
@@ -153,7 +153,7 @@ std::vector<Route> Service::routes() {
             on_post("/tokenize", body_reply,
                     [](const auto& visit, const auto& http, const json& body) {
                         const GoOn go_on = [&] { need_client(visit->service, http); };
-                        return tokenize(visit->service.served, body, go_on);
+                        return tokenize(visit->service.served, body, http.body, go_on);
                     }),
             on_post("/detokenize", body_reply,
                     [](const auto& visit, const auto&, const json& body) {
@@ -167,6 +167,7 @@ std::vector<Route> Service::routes() {
              /*body=*/false},
             on_get("/metrics", metrics_page),
             on_get("/load", load),
+            {"POST", "/v1/responses", responses, /*body=*/false},
             on_get("/version", version)};
 }
 
@@ -263,6 +264,7 @@ class Answer {
         const auto& ids = request.prompts[prompt];
         c.prompt_size = int(ids.size());
         if (request.echo) c.text = request.echoed[prompt];
+        if (request.tools) c.calls.emplace(request.tools);
         if (request.prompt_logprobs >= 0) c.prompt_logprobs = "null";
         if (!request.echo || request.chat || request.logprobs < 0) return;
         Writer::add_token(c, writer.token_text(ids[0]), "null", "null");
@@ -315,7 +317,8 @@ class Answer {
             finish = Finish::stop;
         else
             cut = c.held.size() - (finish == Finish::none ? keep : 0);
-        c.text += c.held.substr(0, cut);
+        const std::string released = c.held.substr(0, cut);
+        c.text += c.calls ? c.calls->push(released, finish) : released;
         c.held.erase(0, cut);
         c.early -= std::min(c.early, cut);
         return finish;
@@ -324,7 +327,7 @@ class Answer {
     void end(int index, Finish finish) {
         Choice& c = choices[size_t(index)];
         c.finished = true;
-        c.finish_reason = Writer::reason(finish);
+        c.finish_reason = Writer::reason(c, finish);
         // A stop string is text, and the scheduler knows ids only: cancelling makes it drop the
         // sequence when it plans the next step.
         sequences[size_t(index)]->cancelled = true;

@@ -154,6 +154,10 @@ std::pair<std::string, ordered> of_structured_outputs(const ordered& fields) {
 
 }  // namespace
 
+ordered ordered_field(const std::string& text, const char* name) {
+    return parse_ordered(member_text(text, name), name);
+}
+
 std::shared_ptr<Grammar> asked_grammar(Grammars& grammars, const Request& r, const json& body,
                                        const std::string& text) {
     std::pair<std::string, ordered> asked;  // the kind, and its value
@@ -161,7 +165,7 @@ std::shared_ptr<Grammar> asked_grammar(Grammars& grammars, const Request& r, con
     for (const char* name : {"response_format", "structured_outputs", "guided_json", "guided_regex",
                              "guided_choice"}) {
         if (!given(body, name)) continue;
-        const ordered value = parse_ordered(member_text(text, name), name);
+        const ordered value = ordered_field(text, name);
         const std::string field = name;
         const auto next = field == "response_format"      ? of_response_format(value)
                           : field == "structured_outputs" ? of_structured_outputs(value)
@@ -177,6 +181,17 @@ std::shared_ptr<Grammar> asked_grammar(Grammars& grammars, const Request& r, con
                    "'regex' or 'choice').");
         asked = next;
         param = name;
+    }
+    const bool is_called = r.tools && r.tools->choice != Tools::Choice::automatic;
+    if (is_called && r.tools->choice == Tools::Choice::named && !asked.first.empty() &&
+        param != std::string("response_format"))
+        refuse(param,
+               "You can only either use constraints for structured outputs or tools, not both.");
+    if (is_called || (r.tools && param == std::string("response_format"))) {
+        const ordered any{{"type", "object"}};
+        const ordered document = asked.first == "json" ? asked.second : any;
+        asked = {"json", calls_schema(*r.tools, is_called ? ordered() : document)};
+        if (is_called) param = "tools";
     }
     if (asked.first.empty()) return nullptr;
     if (!r.allowed_token_ids.empty())

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "fields.h"
 #include "gemma.h"
 #include "request.h"
@@ -25,6 +26,7 @@ struct Choice {
     std::string held;  // decoded, but it may turn out to be the start of a stop string
     size_t early = 0;  // bytes of held that are of the first min_tokens tokens
     std::string text;  // not sent yet
+    std::optional<CallReader> calls{};  // where tools are offered: its calls, not sent yet
     std::string finish_reason = "null", stop_reason = "null";  // as JSON
     std::string logprobs[4];      // lists without brackets, in the order of take_choice_json
     std::string prompt_logprobs;  // the same
@@ -56,8 +58,10 @@ class Writer {
     }
 
     // finish_reason, as JSON.
-    static std::string reason(Finish finish) {
-        return finish == Finish::stop     ? R"("stop")"
+    static std::string reason(const Choice& c, Finish finish) {
+        const std::string of_calls = c.calls ? c.calls->finish_reason(finish) : "";
+        return !of_calls.empty()          ? of_calls
+               : finish == Finish::stop   ? R"("stop")"
                : finish == Finish::length ? R"("length")"
                                           : R"("abort")";
     }
@@ -67,7 +71,7 @@ class Writer {
         std::string all, first;
         bool same = true;
         for (const Choice& c : choices) {
-            const std::string reason = c.finished ? c.finish_reason : Writer::reason(Finish::abort);
+            const std::string reason = c.finished ? c.finish_reason : R"("abort")";
             if (all.empty()) first = reason;
             same &= reason == first;
             append(all, reason.substr(1, reason.size() - 2));
@@ -126,7 +130,10 @@ class Writer {
 
     // A choice: what has come for it since the last call, which is then forgotten.
     std::string take_choice_json(Choice& c, int index) const {
-        const std::string piece = quote(std::exchange(c.text, {}));
+        const std::string calls = c.calls ? c.calls->take_json(request.stream) : "";
+        const bool has_content =
+            !c.calls || !c.text.empty() || (!request.stream && c.calls->gives_content());
+        const std::string piece = has_content ? quote(std::exchange(c.text, {})) : "null";
         std::string logprobs = "null";
         std::string(&l)[4] = c.logprobs;
         if (request.chat && !l[0].empty()) logprobs = R"({"content":[)" + l[0] + "]}";
@@ -138,10 +145,10 @@ class Writer {
         if (!request.chat)
             s += R"("text":)" + piece;
         else if (request.stream)
-            s += R"("delta":{"content":)" + piece + "}";
+            s += R"("delta":{)" + delta_json(piece, calls) + "}";
         else
             s += R"("message":{"role":"assistant","reasoning_content":null,"content":)" + piece +
-                 R"(,"tool_calls":[]})";
+                 R"(,"tool_calls":[)" + calls + "]}";
         s += R"(,"logprobs":)" + logprobs + R"(,"finish_reason":)" + c.finish_reason;
         if (!request.chat || !request.stream || c.finished)
             s += R"(,"stop_reason":)" + c.stop_reason;
@@ -149,6 +156,13 @@ class Writer {
         if (request.chat) return s + R"(,"token_ids":null})";
         if (request.stream) return s + R"(,"prompt_token_ids":null,"token_ids":null})";
         return s + R"(,"token_ids":null)" + prompt_logprobs_json(c) + "}";
+    }
+
+    // What is not there, a client does not have to look at.
+    static std::string delta_json(const std::string& content, const std::string& calls) {
+        const std::string text = content == "null" ? "" : R"("content":)" + content;
+        if (calls.empty()) return text;
+        return text + (text.empty() ? "" : ",") + R"("tool_calls":[)" + calls + "]";
     }
 
     static std::string prompt_logprobs_json(const Choice& c) {

@@ -13,6 +13,7 @@
 //   [9] Clients        requests as known client programs send them
 //   [10] Known bugs    a case for each bug that other servers have had
 //   [11] Structured output
+//   [12] Tools
 //
 // A case tagged [http] holds for any model behind the server; [demo] needs the demo model's logits.
 #include "client.h"
@@ -2120,7 +2121,7 @@ TEST_CASE("bug: double BOS", "[http]") {
 TEST_CASE("bug: roles must alternate", "[http]") {
     for (const char* roles :
          {R"(["user","user"])", R"(["assistant"])", R"(["user","assistant","developer"])",
-          R"(["user","assistant","tool"])", R"(["system","user","user"])"}) {
+          R"(["user","tool"])", R"(["system","user","user"])"}) {
         json messages = json::array();
         for (const json& role : json::parse(roles))
             messages.push_back({{"role", role}, {"content", "x"}});
@@ -2139,15 +2140,13 @@ TEST_CASE("bug: tool calls on Gemma 3", "[http]") {
     const json greedy{{"temperature", 0}, {"max_tokens", 4}};
     for (const json& unused : {idle, old})
         CHECK(first_text(both(chat, with(greedy, unused))) == first_text(ask(chat, greedy)));
-    for (const json& asked :
-         {json{{"tools", 5}, {"tool_choice", "none"}}, with(old, {{"function_call", nullptr}}),
-          json{{"tools", json::array({tool})}}, json{{"tool_choice", "required"}},
-          json{{"tools", json::array({tool})}, {"tool_choice", "auto"}},
-          json{{"tool_choice", {{"type", "function"}, {"function", {{"name", "f"}}}}}},
-          json{{"functions", json::array({tool["function"]})}}}) {
+    for (const json& asked : {with(old, {{"function_call", nullptr}}),
+                              json{{"functions", json::array({tool["function"]})}}}) {
         INFO(write(asked));
         check_refusal(post(chat, with(base(chat), asked)), 400, {"not supported"});
     }
+    for (const json& asked : {json{{"tools", json::array({tool})}}, json{{"tool_choice", "auto"}}})
+        check_refusal(post(completions, with(base(completions), asked)), 400, {"not supported"});
     const json message =
         ask(chat, {{"tool_choice", "none"}, {"max_tokens", 1}})["choices"][0]["message"];
     CHECK(message["tool_calls"] == json::array());
@@ -2360,4 +2359,317 @@ TEST_CASE("structured output: what is refused, in vLLM's words", "[http]") {
                   {"guided_json must have at most 256 KiB and 10000 members, got ", "10001"});
     CHECK(ask(completions, {{"guided_json", nullptr}, {"response_format", {{"type", "text"}}}})
               .contains("choices"));
+}
+
+// [12] Tools --------------------------------------------------------------------------------------
+
+namespace {
+
+const json get_weather = json::parse(R"({"type": "function", "function": {"name": "get_weather",
+    "description": "Get the current weather in a city", "parameters": {"type": "object",
+    "properties": {"city": {"type": "string"}}, "required": ["city"]}}})");
+const json get_time = json::parse(R"({"type": "function", "function": {"name": "get_time",
+    "description": "Get the current time in a city", "parameters": {"type": "object",
+    "properties": {"city": {"type": "string"}}, "required": ["city"]}}})");
+// As pydantic writes nested models, and bounded, because the demo model rambles.
+const json plan_trip = json::parse(R"({"type": "function", "function": {"name": "plan_trip",
+    "strict": true, "parameters": {"$defs": {"Stop": {"type": "object", "title": "Stop",
+        "properties": {"city": {"type": "string", "maxLength": 8}, "nights": {"type": "integer",
+        "minimum": 1, "maximum": 9}}, "required": ["city", "nights"]}},
+    "type": "object", "properties": {"stops": {"type": "array", "maxItems": 2,
+        "items": {"$ref": "#/$defs/Stop"}}, "mode": {"enum": ["train", "bus"]}},
+    "required": ["stops", "mode"], "additionalProperties": false}}})");
+
+json user(const std::string& says) { return {{"role", "user"}, {"content", says}}; }
+
+json asked(const std::string& question, json more = json::object()) {
+    const json two{{"messages", json::array({user(question)})},
+                   {"tools", {get_weather, get_time}},
+                   {"temperature", 0}};
+    return with(two, more);
+}
+
+// The calls of a choice, as name(arguments).
+Strings calls_of(const json& choice) {
+    Strings calls;
+    for (const json& call : choice["message"]["tool_calls"]) {
+        CHECK(keys(call) == words("id type function"));
+        CHECK(keys(call["function"]) == words("name arguments"));
+        const std::string id = call["id"];
+        CHECK((id.starts_with("chatcmpl-tool-") && id.size() == 14 + 32));
+        CHECK(call["type"] == "function");
+        calls.push_back(call["function"]["name"].get<std::string>() +
+                        call["function"]["arguments"].get<std::string>());
+    }
+    return calls;
+}
+
+// The prompt that the model sees of a chat.
+std::string prompt_of(const json& fields) {
+    const json ids = post("/tokenize", fields).parsed()["tokens"];
+    return post("/detokenize", {{"tokens", ids}}).parsed()["prompt"];
+}
+
+}  // namespace
+
+TEST_CASE("tools: the model calls, reads the result and answers", "[http]") {
+    const json question = asked("What is the weather in Paris?");
+    const json answer = both(chat, question);
+    const json& choice = answer["choices"][0];
+    CHECK(calls_of(choice) == Strings{R"(get_weather{"city": "Paris"})"});
+    CHECK(choice["message"]["content"].is_null());
+    CHECK(choice["finish_reason"] == "tool_calls");
+    json talk = question["messages"];
+    talk.push_back(choice["message"]);
+    talk.push_back({{"role", "tool"},
+                    {"tool_call_id", choice["message"]["tool_calls"][0]["id"]},
+                    {"content", R"({"temperature": 18, "condition": "cloudy"})"}});
+    const json end = both(chat, with(question, {{"messages", talk}}));
+    CHECK(first_text(end) == "In Paris it is 18 degrees and cloudy.");
+    CHECK(end["choices"][0]["finish_reason"] == "stop");
+    CHECK(end["choices"][0]["message"]["tool_calls"] == json::array());
+
+    const std::string several = "What is the weather in Paris, and what time is it in Rome?";
+    CHECK(calls_of(both(chat, asked(several))["choices"][0]) ==
+          Strings{R"(get_weather{"city": "Paris"})", R"(get_time{"city": "Rome"})"});
+    CHECK(calls_of(both(chat, asked(several, {{"parallel_tool_calls", false}}))["choices"][0]) ==
+          Strings{R"(get_weather{"city": "Paris"})"});
+    // A question that needs no tool, tools that may not be called, and two choices.
+    const json text = both(chat, asked("What is a token?"));
+    CHECK(first_text(text).starts_with("A token is a small piece of text"));
+    CHECK(text["choices"][0]["finish_reason"] == "stop");
+    const json none = both(chat, asked("What is the weather in Paris?", {{"tool_choice", "none"}}));
+    CHECK(calls_of(none["choices"][0]).empty());
+    CHECK(none["usage"]["prompt_tokens"] < answer["usage"]["prompt_tokens"]);
+    const json pair = both(
+        chat, with(question, {{"n", 2}, {"temperature", 0.01}, {"seed", 1}, {"logprobs", true}}));
+    for (const json& one : pair["choices"])
+        CHECK(calls_of(one) == Strings{R"(get_weather{"city": "Paris"})"});
+    // A limit cuts a call: what there is of it is told, and the reason is the limit.
+    const json cut = both(chat, with(question, {{"max_tokens", 9}}));
+    CHECK(cut["choices"][0]["finish_reason"] == "length");
+    CHECK(calls_of(cut["choices"][0]).size() <= 1);
+}
+
+TEST_CASE("tools: the stream's events", "[http]") {
+    const Stream s = stream(chat, asked("What is the weather in Paris?"));
+    std::string deltas;
+    for (const json& event : s.events) {
+        json delta = event["choices"][0]["delta"];
+        if (delta.contains("tool_calls")) delta["tool_calls"][0].erase("id");
+        if (!delta.empty()) deltas += write(delta) + "\n";
+    }
+    INFO(deltas);
+    CHECK(deltas.starts_with(
+        R"({"role":"assistant","content":""})"
+        "\n"
+        R"({"tool_calls":[{"type":"function","index":0,"function":{"name":"get_weather",)"
+        R"("arguments":")"));
+    CHECK(deltas.find(R"({"tool_calls":[{"index":0,"function":{"arguments":)") != deltas.npos);
+    CHECK(s.events.back()["choices"][0]["finish_reason"] == "tool_calls");
+}
+
+TEST_CASE("tools: required and named are valid calls, whatever is drawn", "[http]") {
+    const json tools{{"tools", {get_weather, plan_trip}}, {"max_tokens", 400}};
+    int trips = 0;
+    for (int seed = 0; seed < 12; seed++) {
+        const json fields = with(tools, {{"messages", json::array({user("Plan a trip.")})},
+                                         {"tool_choice", "required"},
+                                         {"parallel_tool_calls", false},
+                                         {"temperature", 1},
+                                         {"seed", seed}});
+        const json answer = both(chat, fields);
+        const json& choice = answer["choices"][0];
+        INFO(write(choice));
+        CHECK(choice["message"]["content"] == "");
+        if (choice["finish_reason"] == "length") continue;  // get_weather's city has no bound
+        CHECK(choice["finish_reason"] == "tool_calls");
+        REQUIRE(calls_of(choice).size() == 1);
+        const json& function = choice["message"]["tool_calls"][0]["function"];
+        const json arguments = json::parse(function["arguments"].get<std::string>());
+        if (function["name"] == "get_weather") CHECK(arguments["city"].is_string());
+        trips += function["name"] == "plan_trip";
+    }
+    for (int seed = 0; seed < 8; seed++) {
+        const json named{{"type", "function"}, {"function", {{"name", "plan_trip"}}}};
+        const json fields = with(tools, {{"messages", json::array({user("Plan a trip.")})},
+                                         {"tool_choice", named},
+                                         {"temperature", 1},
+                                         {"seed", seed}});
+        const json choice = both(chat, fields)["choices"][0];
+        INFO(write(choice));
+        CHECK(choice["finish_reason"] == "stop");  // as OpenAI and vLLM
+        CHECK(choice["message"]["content"] == "");
+        REQUIRE(calls_of(choice).size() == 1);
+        CHECK(choice["message"]["tool_calls"][0]["function"]["name"] == "plan_trip");
+        const json arguments = json::parse(
+            choice["message"]["tool_calls"][0]["function"]["arguments"].get<std::string>());
+        CHECK(keys(arguments) == words("stops mode"));
+        for (const json& stop : arguments["stops"]) {
+            CHECK((stop["nights"] >= 1 && stop["nights"] <= 9));
+            CHECK(stop["city"].is_string());
+        }
+    }
+    // A document or a call: the AI SDK asks for either. The first bracket decides.
+    for (const std::string bracket : {"{", "["}) {
+        const json answer =
+            both(chat, {{"tools", {plan_trip}},
+                        {"response_format", json_schema(person)},
+                        {"logit_bias", {{text("%d", tokenized(bracket).back()), 50}}},
+                        {"temperature", 1},
+                        {"seed", 3},
+                        {"max_tokens", 600}});
+        const json& choice = answer["choices"][0];
+        INFO(write(choice));
+        if (bracket == "{") check_person(text_of(choice));
+        CHECK(calls_of(choice).empty() == (bracket == "{"));
+        CHECK(choice["message"]["content"].is_null() == (bracket == "["));
+        CHECK(choice["finish_reason"] == (bracket == "[" ? "tool_calls" : "stop"));
+    }
+}
+
+TEST_CASE("tools: the prompt has Google's form", "[http]") {
+    const json talk = json::parse(R"([
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Weather and time?"},
+        {"role": "assistant", "content": "Let me see.", "refusal": null, "audio": null,
+         "function_call": null, "tool_calls": [
+            {"id": "a", "type": "function", "index": 0, "function": {"name": "get_weather",
+             "arguments": "{\"city\": \"Paris\", \"days\": [1, true, null, {\"k\": 0.5}]}"}},
+            {"type": "function", "id": "b", "function": {"arguments": "", "name": "get_time"}}]},
+        {"role": "tool", "tool_call_id": "b", "name": "get_time", "content": "14:05"},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "warm"}]},
+        {"role": "user", "content": "And then?"}])");
+    const std::string tool = R"([
+  {
+    "name": "get_weather",
+    "parameters": {
+      "type": "object",
+      "properties": {
+        "zone": {
+          "type": "string"
+        },
+        "city": {
+          "type": "string"
+        }
+      }
+    },
+    "description": "The weather"
+  }
+])";
+    // As text: the order of a schema's keys is the client's.
+    const std::string body = R"({"messages": )" + talk.dump() +
+                             R"(, "tools": [{"function": {"name": "get_weather", "parameters": {
+        "type": "object", "properties": {"zone": {"type": "string"}, "city": {"type": "string"}}},
+        "description": "The weather"}, "type": "function"}], "model": "gemma-demo"})";
+    const auto seen = [&](const std::string& text) {
+        const json ids = send(server().port, "POST", "/tokenize", text).parsed()["tokens"];
+        return post("/detokenize", {{"tokens", ids}}).parsed()["prompt"].get<std::string>();
+    };
+    const std::string head = "<bos><start_of_turn>user\nBe short.\n\n";
+    const std::string rest = "Weather and time?<end_of_turn>\n<start_of_turn>model\nLet me see.\n";
+    const std::string results =
+        "<end_of_turn>\n<start_of_turn>user\n```tool_output\nwarm\n```\n```tool_output\n14:05\n"
+        "```\n\nAnd then?<end_of_turn>\n<start_of_turn>model\n";
+    const std::string offer =
+        "You have access to functions. If you decide to invoke any of the function(s), you MUST "
+        "put it in the format of ";
+    const std::string no_text =
+        "\n\nYou SHOULD NOT include any other text in the response if you call a function\n";
+    const std::string python =
+        "[func_name1(params_name1=params_value1, params_name2=params_value2...), "
+        "func_name2(params)]";
+    const std::string calls =
+        R"([get_weather(city="Paris", days=[1, True, None, {"k": 0.5}]), get_time()])";
+    CHECK(seen(body) == head + offer + python + no_text + tool + "\n\n" + rest + calls + results);
+    // Without tools the calls of the past stay; a call that is required is asked for in JSON.
+    CHECK(prompt_of({{"messages", talk}}) == head + rest + calls + results);
+    const std::string in_json =
+        R"([{"name": function name, "parameters": dictionary of argument name and its value}])";
+    const std::string required =
+        body.substr(0, body.size() - 1) + R"(, "tool_choice": "required"})";
+    CHECK(
+        seen(required) ==
+        head + offer + in_json + no_text + tool + "\n\n" + rest +
+            R"([{"name":"get_weather","parameters":{"city":"Paris","days":[1,true,null,{"k":0.5}]}})"
+            R"(, {"name":"get_time","parameters":{}}])" +
+            results);
+}
+
+TEST_CASE("tools: what is wrong is named", "[http]") {
+    const json f{{"type", "function"}, {"function", {{"name", "f"}}}};
+    const auto tool = [](const json& function) {
+        return json{{"tools", json::array({{{"type", "function"}, {"function", function}}})}};
+    };
+    const auto choice = [&](const json& chosen) {
+        return json{{"tools", json::array({f})}, {"tool_choice", chosen}};
+    };
+    const auto call = [](const json& one) {
+        return json{{"messages", json::array({user("x"),
+                                              {{"role", "assistant"},
+                                               {"content", nullptr},
+                                               {"tool_calls", json::array({one})}},
+                                              user("y")})}};
+    };
+    const json none, obj = json::object();
+    const std::vector<std::tuple<json, std::string, std::string>> table{
+        {json{{"tools", json::array()}}, "tools", "`tools` must not be an empty array."},
+        {json{{"tools", 5}}, "tools", "tools must be a list of functions, got 5"},
+        {json{{"tools", 5}, {"tool_choice", "none"}}, "tools", "must be a list"},
+        {json{{"tools", json::array({5})}}, "tools", "tools[0] must be of the type function"},
+        {json{{"tools", {f, {{"type", "custom"}}}}}, "tools", "tools[1] must be of the type"},
+        {json{{"tools", json::array({obj})}}, "tools", "tools[0].function must be an object"},
+        {tool(obj), "tools", "tools[0].function.name must have 1 to 128 of A-Z"},
+        {tool({{"name", "a b"}}), "tools", "got \"a b\""},
+        {tool({{"name", std::string(129, 'a')}}), "tools", "1 to 128"},
+        {tool({{"name", "f"}, {"parameters", 5}}), "tools", "must be a JSON schema"},
+        {tool({{"name", "f"}, {"parameters", {{"type", "string"}}}}), "tools", "type object"},
+        {json{{"tools", json(129, f)}}, "tools", "tools must be at most 128, got 129"},
+        {json{{"tool_choice", "auto"}}, "tool_choice",
+         "When using `tool_choice`, `tools` must be set."},
+        {choice("any"), "tool_choice", "Invalid value for `tool_choice`: \"any\"!"},
+        {choice(5), "tool_choice", "Only named tools, \"none\", \"auto\" or \"required\""},
+        {choice(obj), "tool_choice", "Invalid value for `function`: `null` in `tool_choice`!"},
+        {choice({{"function", obj}}), "tool_choice", "Expected field `name` in `function`"},
+        {choice({{"function", {{"name", ""}}}}), "tool_choice", "Invalid `name` in `function`"},
+        {choice({{"function", {{"name", "g"}}}}), "tool_choice",
+         "does not match any of the specified `tools`"},
+        {with(choice(f), {{"guided_regex", "a"}}), "guided_regex",
+         "either use constraints for structured outputs or tools, not both"},
+        {with(choice("required"), {{"allowed_token_ids", {5}}}), "allowed_token_ids", "tools"},
+        {with(choice("auto"), {{"parallel_tool_calls", 1}}), "parallel_tool_calls",
+         "must be true or false, got 1"},
+        {with(tool({{"name", "f"}, {"parameters", {{"properties", {{"a", {{"x-y", 1}}}}}}}}),
+              {{"tool_choice", "required"}}),
+         "tools", "/items/anyOf/0/properties/parameters/properties/a"},
+        {call(5), "messages", "messages[1].tool_calls[0].function must be an object, got null"},
+        {call({{"function", obj}}), "messages", "function.name must be a name"},
+        {call({{"function", {{"name", "f"}, {"arguments", "{"}}}}), "messages",
+         "messages[1].tool_calls[0].function.arguments must be a JSON object, got \"{\""},
+        {call({{"function", {{"name", "f"}, {"arguments", "[1]"}}}}), "messages", "JSON object"},
+        {call({{"function", {{"name", "f"}, {"arguments", std::string(100, '[')}}}}), "messages",
+         "nested more than 64 levels deep"},
+        {json{{"messages", {user("x"), {{"role", "assistant"}, {"tool_calls", 5}}}}}, "messages",
+         "messages[1].tool_calls must be a list, got 5"},
+        {json{{"messages", {user("x"), {{"role", "tool"}, {"content", 5}}}}}, "messages",
+         "messages[1].content must be text, got 5"},
+    };
+    for (const auto& [fields, param, words] : table) {
+        INFO(write(fields));
+        const Reply reply = post(chat, with(base(chat), fields));
+        check_refusal(reply, 400, {words});
+        CHECK(reply.parsed()["error"]["param"] == param);
+    }
+    // With 100,000 calls and results, an answer does not take the square of that.
+    json many = json::array(), talk = json::array({user("x")});
+    for (int i = 0; i < 20'000; i++)
+        many.push_back({{"id", std::to_string(i)}, {"function", {{"name", "f"}}}});
+    talk.push_back({{"role", "assistant"}, {"tool_calls", many}});
+    for (int i = 20'000; i-- > 0;)
+        talk.push_back({{"role", "tool"}, {"tool_call_id", std::to_string(i)}, {"content", "x"}});
+    check_refusal(post(chat, {{"messages", talk}, {"max_tokens", 1}}), 400, {"maximum context"});
+    CHECK(post("/v1/responses", {{"input", "x"}}).status == 404);
+    check_refusal(post("/v1/responses", {{"input", "x"}}), 404,
+                  {"/v1/chat/completions", "set_default_openai_api(\"chat_completions\")",
+                   "openai.chat(model)"});
 }

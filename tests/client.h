@@ -301,7 +301,8 @@ inline json ask(const std::string& path, const json& fields, int port = server()
 inline json complete(const json& fields) { return ask(completions, fields); }
 
 inline std::string text_of(const json& choice) {
-    return choice.contains("text") ? choice["text"] : choice["message"]["content"];
+    const json text = choice.contains("text") ? choice["text"] : choice["message"]["content"];
+    return text.is_null() ? "" : text.get<std::string>();  // null: the answer is a call
 }
 
 inline std::string first_text(const json& answer) { return text_of(answer["choices"][0]); }
@@ -346,19 +347,40 @@ inline void join(json& whole, const json& part) {  // appends the lists within `
         for (const auto& [name, value] : part.items()) join(whole[name], value);
 }
 
+// Puts a stream's tool calls together, as clients do.
+inline void join_calls(json& calls, const json& deltas) {
+    for (const json& delta : deltas) {
+        const size_t index = delta["index"];
+        if (delta.contains("id")) {
+            if (index != calls.size()) throw std::runtime_error("a call out of its order");
+            calls.push_back(
+                {{"type", delta["type"]},
+                 {"function", {{"name", delta["function"]["name"]}, {"arguments", ""}}}});
+        }
+        json& arguments = calls.at(index)["function"]["arguments"];
+        arguments =
+            arguments.get<std::string>() + delta["function"]["arguments"].get<std::string>();
+    }
+}
+
 // The n choices of a stream as a whole answer would have them; see comparable().
 inline json merged(const Stream& s, size_t n) {
     json choices = json::array();
     for (size_t i = 0; i < n; i++) {
-        choices.push_back({{"text", ""}, {"logprobs", {}}, {"finish", {}}, {"stop", {}}});
+        choices.push_back({{"text", ""},
+                           {"calls", json::array()},
+                           {"logprobs", {}},
+                           {"finish", {}},
+                           {"stop", {}}});
     }
     for (const json& event : s.events) {
         for (const json& c : event["choices"]) {
             json& whole = choices.at(c["index"].get<size_t>());
             if (!whole["finish"].is_null()) throw std::runtime_error("a chunk after the last");
-            const std::string piece =
-                c.contains("text") ? c["text"] : c["delta"].value("content", json());
+            const json delta = c.value("delta", json::object());
+            const std::string piece = c.value("text", delta.value("content", ""));
             whole["text"] = whole["text"].get<std::string>() + piece;
+            join_calls(whole["calls"], delta.value("tool_calls", json::array()));
             join(whole["logprobs"], c["logprobs"]);
             whole["finish"] = c["finish_reason"];
             whole["stop"] = c.value("stop_reason", json());
@@ -370,7 +392,10 @@ inline json merged(const Stream& s, size_t n) {
 inline json comparable(const json& answer) {
     json choices = json::array();
     for (const json& c : answer["choices"]) {
+        json calls = c.value("message", json::object()).value("tool_calls", json::array());
+        for (json& call : calls) call.erase("id");
         choices.push_back({{"text", text_of(c)},
+                           {"calls", calls},
                            {"logprobs", c["logprobs"]},
                            {"finish", c["finish_reason"]},
                            {"stop", c.value("stop_reason", json())}});

@@ -72,14 +72,16 @@ TEST_CASE("D11: neutral flags are taken, and named once in one line", "[flags]")
         "--uvicorn-log-level warning --load-format auto --kv-cache-dtype auto --swap-space 4 "
         "--cpu-offload-gb 0.0 --compilation-config.mode 3 --limit-mm-per-prompt {\"image\":0} "
         "--no-enable-lora --allowed-origins [\"*\"] --disable-log-stats --block-size 16 "
-        "--hf-token secret --root-path=";
+        "--hf-token secret --root-path= --enable-auto-tool-choice --tool-call-parser pythonic";
     CHECK(said_of(words_of(line)) ==
           "without effect here: --allowed-origins, --block-size, --compilation-config, "
           "--cpu-offload-gb, --data-parallel-size, --disable-log-stats, --dtype, "
-          "--enable-chunked-prefill, --enable-lora, --enable-prefix-caching, --enforce-eager, "
+          "--enable-auto-tool-choice, --enable-chunked-prefill, --enable-lora, "
+          "--enable-prefix-caching, --enforce-eager, "
           "--hf-token, --kv-cache-dtype, --limit-mm-per-prompt, --load-format, --max-logprobs, "
           "--optimization-level, --pipeline-parallel-size, --root-path, --swap-space, "
-          "--tensor-parallel-size, --trust-remote-code, --uvicorn-log-level\n");
+          "--tensor-parallel-size, --tool-call-parser, --trust-remote-code, "
+          "--uvicorn-log-level\n");
     CHECK(said_of({"--dtype", "auto", "DIR"}) == "without effect here: --dtype\n");
     CHECK(said_of({"DIR"}) == "");
     CHECK(said_of({"--use-fp64-gumbel", "--watermark", "0.1", "--device-memory-utilization=0.5"}) ==
@@ -116,8 +118,8 @@ TEST_CASE("D11: flags that are not offered say what to do", "[flags]") {
         {"--root-path /llm", "--root-path must be \"\", got \"/llm\""},
         {"--allowed-origins a b", "--allowed-origins must be [\"*\"] or *, got \"a\""},
         {"--speculative-config.model x", "--speculative-config is not offered"},
-        {"--enable-auto-tool-choice --tool-call-parser pythonic",
-         "--enable-auto-tool-choice is not offered: tools are not offered"},
+        {"--enable-auto-tool-choice --tool-parser-plugin x.py",
+         "--tool-parser-plugin is not offered: calls are found by this server's own parser"},
         {"--revision abc", "--revision must be main, got \"abc\": ./dev fetch NAME --revision"},
     };
     for (const auto& [line, expected] : table) {
