@@ -54,10 +54,10 @@ json template_content(const json& content, size_t message) {
 // As https://ai.google.dev/gemma/docs/capabilities/function-calling has it.
 std::string offer(const Tools& tools) {
     const char* const form =
-        tools.in_json
-            ? R"([{"name": function name, "parameters": dictionary of argument name and its value}])"
-            : "[func_name1(params_name1=params_value1, params_name2=params_value2...), "
-              "func_name2(params)]";
+        tools.in_json ? R"([{"name": function name, "parameters": dictionary of argument name )"
+                        "and its value}]"
+                      : "[func_name1(params_name1=params_value1, params_name2=params_value2...), "
+                        "func_name2(params)]";
     return std::string(
                "You have access to functions. If you decide to invoke any of the function(s), you "
                "MUST put it in the format of ") +

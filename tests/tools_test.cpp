@@ -176,7 +176,8 @@ TEST_CASE("calls are found in each form, whatever stands around them") {
         "```json\n[\n  {\n    \"name\": \"get_weather\",\n    \"parameters\": {\n      "
         "\"city\": "
         "\"Paris\"\n    }\n  }\n]\n```",
-        R"({"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}})",
+        R"({"type": "function", "function": {"name": "get_weather",
+            "arguments": {"city": "Paris"}}})",
         R"([{"id": "x", "type": "function", "function": {"name": "get_weather",
              "arguments": "{'city': 'Paris'}"}}])",
         R"({"parameters": {"city": "Paris"}, "name": "get_weather"})",
