@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
 
 def rope(x, base):  # [B, H, T, E] -> the same, rotated by position
     half = x.shape[-1] // 2
-    angle = torch.outer(torch.arange(x.shape[2]), base ** (-torch.arange(half) / half))  # [T, E/2]
+    t, e = (torch.arange(n, device=x.device) for n in (x.shape[2], half))
+    angle = torch.outer(t, base ** (-e / half))  # [T, E/2]
     c, s, (a, b) = angle.cos(), angle.sin(), x.chunk(2, -1)
     return torch.cat((a * c - b * s, b * c + a * s), -1)
 
@@ -89,7 +90,7 @@ class Gemma(nn.Module):
                 nn.init.normal_(p, std=c["hidden_size"] ** -0.5)
 
     def forward(self, ids, doc):  # [B, T] tokens, [B, T] document numbers -> logits [B, T, V]
-        t = torch.arange(ids.shape[1])
+        t = torch.arange(ids.shape[1], device=ids.device)
         back = t[:, None] - t  # [T, T] how far key lies behind query
         own = ((doc[:, :, None] == doc[:, None, :]) & (back >= 0))[:, None]  # [B, 1, T, T]
         masks = {True: own, False: own & (back < self.c["sliding_window"])}

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Trains the demo model: a Gemma 3 of 3.9 million parameters that has read only demo/corpus.
 
-    python demo/train.py [--steps N] [--out demo/model]
+    python demo/train.py [--steps N] [--out demo/model] [--device cuda] [--new-tokenizer]
 
 It recites; it does not reason. It gives the server and its tests real weights to serve.
-One thread and fixed seeds: the same machine and packages give the same bytes.
+Fixed seeds, and sums in a fixed order: the same machine and packages should give the same bytes.
+The tokenizer is the one in demo/model, because tests know its ids. --new-tokenizer trains another.
 
-The corpus has three files. "#" starts a comment. In the last two, blank lines separate blocks, and
+The corpus has four files. "#" starts a comment. In the last three, blank lines separate blocks, and
 the first letter of a line is its kind.
 
   prose.txt    paragraphs of plain text, one a line.
@@ -21,27 +22,45 @@ the first letter of a line is its kind.
   chat.txt     Q  one wording of a question
                H  a wording that training does not use, for check.py
                A  the answer, in which \n is a new line
+  tools.txt    C  a city               X  a city that training does not use, for check.py
+               S  a condition of the weather
+               G  a text that a user may send together with the results of calls
+               F  the name of a function, then either what a client may write of it, any or none:
+                  D  its description   L  of its first parameter   U  of its second, the unit
+                  or what it gives back and the model's sentence about that:
+                  R  a result          A  the sentence
+               Q, H  as in chat.txt, asked when tools are offered
+               A  the calls, or a plain text
+               N  the answer when the tool is not offered
+               {a} and {b} stand for cities, {u} for a unit, {t} for a temperature, {c} for a
+               condition, {h} for a time. The first parameter is called city or location, as the
+               client likes. Many cities in training are made up of parts of others: the model has
+               to copy a name, not to know it.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import math
+import os
 import pathlib
 import random
 import re
+import shutil
 import time
 
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from network import Gemma
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOS, EOS, SOT, EOT = 2, 1, 105, 106
-ROWS, LENGTH = 8, 256  # tokens a step: 2,048
+ROWS, LENGTH = 16, 1024  # tokens a step: 16,384. A request with two tools has up to 700.
 
 CONFIG = {  # the fields of google/gemma-3-1b-it, smaller numbers
     "architectures": ["Gemma3ForCausalLM"],
@@ -152,16 +171,17 @@ def blocks(name):
 def read_corpus():
     lines = (HERE / "corpus/prose.txt").read_text().splitlines()
     prose = [line for line in lines if line and line[0] != "#"]
-    prompts, chat = list(blocks("prompts.txt")), list(blocks("chat.txt"))
+    prompts, chat, tools = (list(blocks(f"{n}.txt")) for n in ("prompts", "chat", "tools"))
     assert all(set(b) <= {"P", "B", "F"} and b["P"] and b["B"] for b in prompts)
     assert all(set(b) <= {"Q", "H", "A"} and b["Q"] and len(b["A"]) == 1 for b in chat)
-    return prose, prompts, chat
+    assert all(set(b) <= {*"CXSGFDLURQHAN"} and len(b.get("A", "1")) == 1 for b in tools)
+    return prose, prompts, chat, Tools(tools)
 
 
 # ---- tokenizer
 
 
-def train_tokenizer(out, prose, prompts, chat):
+def train_tokenizer(out, prose, prompts, chat, tools):
     """BPE with every special piece at Gemma 3's id, bytes at 238..493 and merges from 494."""
     lines = list(prose)
     for b in prompts:
@@ -200,6 +220,9 @@ def train_tokenizer(out, prose, prompts, chat):
         minloglevel=2,
     )
     (out / "tokenizer.model").write_bytes(file.getvalue())
+
+
+def read_tokenizer(out):
     sp = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
     pieces = {
         0: "<pad>",
@@ -225,6 +248,122 @@ def train_tokenizer(out, prose, prompts, chat):
     return sp
 
 
+# ---- tools
+
+CALLING = (
+    "You have access to functions. If you decide to invoke any of the function(s), you MUST put it"
+    " in the format of [func_name1(params_name1=params_value1, params_name2=params_value2...),"
+    " func_name2(params)]\n\n"
+    "You SHOULD NOT include any other text in the response if you call a function\n"
+)
+
+
+def tools_prompt(functions):
+    """What stands before the first question when tools are offered, as the server writes it."""
+    return CALLING + json.dumps(functions, indent=2, ensure_ascii=False) + "\n\n"
+
+
+def results_text(results):
+    """The user's turn that brings the results of calls."""
+    return "\n".join(f"```tool_output\n{result}\n```" for result in results)
+
+
+def fill(text, values):
+    for letter, value in values.items():
+        text = text.replace("{" + letter + "}", value)
+    return text
+
+
+class Tools:
+    """Draws tools, calls and results from the blocks of tools.txt."""
+
+    NAMES = ["get_weather", "get_time"]
+
+    def __init__(self, blocks):
+        lists = {letter: b[letter] for b in blocks for letter in "CXSG" if letter in b}
+        self.conditions, self.more = lists["S"], lists["G"]
+        self.cities = [line for b in blocks for line in b.get("C", [])]
+        self.cities_held_out = [line for b in blocks for line in b.get("X", [])]
+        self.questions = [b for b in blocks if "Q" in b]
+        self.functions = {b["F"][0]: b for b in blocks if "D" in b}
+        self.results = {n: [b for b in blocks if "R" in b and b["F"] == [n]] for n in self.NAMES}
+
+    def function(self, rng, name, key):
+        """The function object of a client; its first parameter is called key."""
+        b, chance = self.functions[name], lambda p: rng.random() < p
+        city = {"type": "string"} | ({"description": rng.choice(b["L"])} if chance(0.4) else {})
+        properties = {key: city}
+        if "U" in b and chance(0.4):
+            properties["unit"] = {"type": "string", "enum": ["celsius", "fahrenheit"]}
+            if chance(0.4):
+                properties["unit"]["description"] = rng.choice(b["U"])
+        parameters = {"type": "object", "properties": properties, "required": [key]}
+        if chance(0.3):
+            parameters["additionalProperties"] = False
+        if chance(0.25):  # as pydantic writes it
+            for k in properties:
+                properties[k] = dict(sorted((properties[k] | {"title": k.capitalize()}).items()))
+            parameters["title"] = name.title().replace("_", "")
+            parameters = dict(sorted(parameters.items()))
+        function = {"name": name}
+        if chance(0.8):
+            function["description"] = rng.choice(b["D"])
+        function["parameters"] = parameters
+        if chance(0.25):
+            function["strict"] = chance(0.8)
+        if chance(0.2):
+            function = dict(rng.sample(list(function.items()), len(function)))
+        return function
+
+    def offer(self, rng, names):
+        key = rng.choice(["city", "location"])
+        other = key if rng.random() < 0.8 else rng.choice(["city", "location"])
+        return [self.function(rng, name, k) for name, k in zip(names, (key, other))]
+
+    def make_up(self, rng, names):
+        """A word of parts of names. It has pieces in an order that no name has."""
+        parts = ""
+        for _ in range(rng.randint(2, 4)):
+            name = rng.choice(names)
+            start = rng.randrange(len(name) - 1)
+            parts += name[start : start + rng.randint(2, 4)]
+        return " ".join(parts.split())
+
+    def city(self, rng):
+        if rng.random() < 0.4:
+            name = rng.choice(self.cities)
+            return name if rng.random() < 0.9 else name.lower()  # a call keeps the user's spelling
+        return self.make_up(rng, self.cities).title()
+
+    def calls(self, answer, functions, values):
+        """-> (the text of the calls, [(name, city)]), with the parameters that are offered."""
+        text, calls = [], []
+        keys = {f["name"]: list(f["parameters"]["properties"]) for f in functions}
+        for name, letter, unit in re.findall(r'(\w+)\(city="{(\w)}"(, unit="{u}")?\)', answer):
+            key = next(k for k in keys[name] if k != "unit")
+            unit = unit if "unit" in keys[name] else ""
+            text.append(f'{name}({key}="{{{letter}}}"{unit})')
+            calls.append((name, values[letter]))
+        return fill("[" + ", ".join(text) + "]", values), calls
+
+    def result(self, rng, name, city, form=None, block=None):
+        """-> (what the function gives back, the model's sentence about it)"""
+        blocks = self.results[name]
+        b = block or rng.choices(blocks, [len(b["R"]) for b in blocks])[0]
+        t = str(rng.randint(-20, 45) if rng.random() < 0.8 else rng.randint(46, 110))
+        if rng.random() < 0.15:
+            t += f".{rng.randint(0, 9)}"
+        c = rng.choice(self.conditions)
+        if rng.random() < 0.15:
+            c = self.make_up(rng, self.conditions)
+        h = f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}"
+        if rng.random() < 0.2:
+            h = f"{rng.randint(1, 12)}:{rng.randint(0, 59):02} "
+            h += rng.choice(["am", "pm", "AM", "PM"])
+        values = {"a": city, "t": t, "c": c, "h": h}
+        return fill(form or rng.choice(b["R"]), values), fill(b["A"][0], values)
+
+
 # ---- rows
 
 PREFIXES = [
@@ -244,12 +383,20 @@ SYSTEMS = [
 ]
 
 
-class Corpus:
+def plain_chat(chat, tools):
+    """The blocks of chat.txt whose answers are the same when tools are offered."""
+    other = {b["N"][0] for b in tools.questions if "N" in b}
+    return [b for b in chat if b["A"][0] not in other]
+
+
+class Corpus(torch.utils.data.Dataset):
     """Draws documents: lists of (token, weight in the loss), which begin with <bos>, weight 0."""
 
-    def __init__(self, sp, prose, prompts, chat, seed=1):
+    def __init__(self, sp, prose, prompts, chat, tools, steps):
         self.sp, self.prose, self.prompts, self.chat = sp, prose, prompts, chat
-        self.rng = random.Random(seed)
+        self.tools, self.steps, self.rng = tools, steps, None
+        # With tools, the questions about weather and time have other answers.
+        self.plain = plain_chat(chat, tools)
         # Blocks are drawn in proportion to their size; the first, the codelab's prompt, in a third
         # of all draws.
         need = [len(b["P"]) / 4 + len(b["B"]) for b in prompts[1:]]
@@ -301,6 +448,53 @@ class Corpus:
             system = ""
         return doc
 
+    def template_text(self, q):
+        """As text_of, but the {letters} stay whole."""
+        text, letters = self.text_of(q), re.compile(r"{\w}|[{}]")
+        return text if letters.findall(text) == letters.findall(q) else q
+
+    def tool_question(self, functions):
+        """The turns (user, model) of a question that is in tools.txt."""
+        rng, tools, names = self.rng, self.tools, {f["name"] for f in functions}
+        while True:
+            b = rng.choice(tools.questions)
+            missing = set(re.findall(r"get_\w+", b["A"][0])) - names
+            # Without a tool, only the questions that have an answer for that.
+            if "N" in b if missing else names:
+                break
+        unit = rng.choice(["celsius", "fahrenheit"])
+        values = {"a": tools.city(rng), "b": tools.city(rng), "u": unit}
+        spoken = {"u": rng.choice([unit, unit.capitalize()])}
+        question = fill(self.template_text(rng.choice(b["Q"])), values | spoken)
+        if missing or b["A"][0][0] != "[":
+            return [(question, b["N" if missing else "A"][0])]
+        text, calls = tools.calls(b["A"][0], functions, values)
+        results, sentences = zip(*(tools.result(rng, *call) for call in calls))
+        more = "\n\n" + rng.choice(tools.more) if rng.random() < 0.1 else ""
+        return [(question, text), (results_text(results) + more, " ".join(sentences))]
+
+    def tools_doc(self):
+        rng, sp, doc, turns = self.rng, self.sp, [(BOS, 0)], []
+        names = rng.sample(Tools.NAMES, rng.choice([0, 1, 1, 2, 2, 2, 2, 2]))
+        functions = self.tools.offer(rng, names)
+        for _ in range(rng.choice([1, 1, 2, 2, 3])):
+            if rng.random() < 0.25:
+                b = rng.choice(self.plain)
+                turns.append((self.text_of(rng.choice(b["Q"])), b["A"][0]))
+            else:
+                turns += self.tool_question(functions)
+        # A newline ends the prefix, so its tokens are the same with and without the question.
+        prefix = "user\n" + (rng.choice(SYSTEMS) if rng.random() < 0.15 else "")
+        prefix += tools_prompt(functions) if functions else ""
+        for user, model in turns:
+            cut = 0.1 if rng.random() < 0.2 and "```" not in user else 0
+            user = sp.encode(prefix) + self.encode_cut(user, cut)
+            doc += [(t, 0.02) for t in [SOT] + user + [EOT, 107, SOT] + sp.encode("model\n")]
+            # A call has few tokens, and none may be wrong.
+            doc += [(t, 2) for t in sp.encode(model) + [EOT]] + [(107, 0.2)]
+            prefix = "user\n"
+        return doc
+
     def prose_doc(self):
         rng = self.rng
         text = rng.choice(self.prose)
@@ -325,65 +519,89 @@ class Corpus:
             prompt, rest = sp.encode(p), sp.encode(" " + rest)
         return [(BOS, 0)] + [(t, 0.1) for t in prompt] + [(t, 1) for t in rest + [EOS]]
 
-    def batch(self):
-        """[ROWS, LENGTH + 1] tokens, loss weights, document numbers; a row starts with <bos>."""
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, step):
+        """[ROWS, LENGTH + 1] tokens, loss weights, document numbers; a row starts with <bos>.
+
+        A row is one document with tools, and others as far as they fit."""
+        self.rng = random.Random(step)  # so the batch is the same whichever process draws it
         draw = [self.chat_doc, self.prose_doc, self.prompt_doc]
         rows = []
         for _ in range(ROWS):
-            row, n = [], 0
+            row, n = [(t, w, 0) for t, w in self.tools_doc()], 0
             while len(row) <= LENGTH:
-                row += [(t, w, n) for t, w in self.rng.choices(draw, [0.45, 0.2, 0.35])[0]()]
                 n += 1
+                row += [(t, w, n) for t, w in self.rng.choices(draw, [0.45, 0.2, 0.35])[0]()]
             rows.append(row[: LENGTH + 1])
         ids, weight, doc = zip(*(zip(*row) for row in rows))
-        return torch.tensor(ids), torch.tensor(weight), torch.tensor(doc)
+        return torch.tensor(ids), torch.tensor(weight, dtype=torch.float32), torch.tensor(doc)
 
 
 # ---- training
 
 
-def train(corpus, steps, rate=4e-3):
+def train(corpus, steps, device, rate=4e-3):
     torch.manual_seed(1)
-    model = Gemma(CONFIG)
+    model = Gemma(CONFIG).to(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=device == "cuda")
+    # Other processes draw the batches: a GPU is faster than one of them.
+    workers = max(1, min(15, len(os.sched_getaffinity(0)) - 1))
+    loader = torch.utils.data.DataLoader(
+        corpus, batch_size=None, num_workers=workers, prefetch_factor=4
+    )
     start, mean = time.time(), None
-    for step in range(steps):
+    for step, batch in enumerate(loader):
         for group in optimizer.param_groups:  # warm-up, then a cosine down to 3 %
             cosine = 0.03 + 0.97 * (1 + math.cos(math.pi * step / steps)) / 2
-            group["lr"] = rate * min((step + 1) / 60, cosine)
-        ids, weight, doc = corpus.batch()
-        with torch.autocast("cpu", torch.bfloat16):
+            group["lr"] = rate * min((step + 1) / 200, cosine)
+        ids, weight, doc = (x.to(device) for x in batch)
+        with torch.autocast(device, torch.bfloat16):
             logits = model(ids[:, :-1], doc[:, :-1])
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        weight = weight[:, 1:].flatten().float()
+        weight = weight[:, 1:].flatten()
         loss = (loss * weight).sum() / weight.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if step % 50 == 0 or step == steps - 1:
+        mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.02)
+        if step % 200 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {mean:.4f}  {time.time() - start:6.0f} s", flush=True)
-    return model
+    return model.cpu()
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--new-tokenizer", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the order of every sum is fixed
+    # The order of every sum is fixed: one thread, or no atomic additions on a GPU.
+    torch.set_num_threads(1)
+    if args.device == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     args.out.mkdir(parents=True, exist_ok=True)
 
     files = {"config": CONFIG, "generation_config": GENERATION, "tokenizer_config": TOKENIZER}
     for name, content in files.items():
         (args.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     texts = read_corpus()
-    sp = train_tokenizer(args.out, *texts)
-    model = train(Corpus(sp, *texts), args.steps)
+    if args.new_tokenizer:
+        train_tokenizer(args.out, *texts)
+    elif args.out.resolve() != HERE / "model":
+        shutil.copy(HERE / "model/tokenizer.model", args.out)
+    corpus = Corpus(read_tokenizer(args.out), *texts, args.steps)
+    # The other kernels for attention may add in another order each time.
+    with sdpa_kernel(SDPBackend.MATH) if args.device == "cuda" else contextlib.nullcontext():
+        model = train(corpus, args.steps, args.device)
 
     tensors = {"model." + name: p.detach().bfloat16() for name, p in model.named_parameters()}
     (args.out / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))

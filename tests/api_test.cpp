@@ -634,9 +634,9 @@ TEST_CASE("penalties change a text in the direction that they name", "[demo]") {
         // Of eight allowed ids, how often the most frequent one was generated.
         const auto most = [&](double penalty) {
             std::map<int, int> counts;
-            for (const int id :
-                 ids_with({{"frequency_penalty", penalty},
-                           {"allowed_token_ids", {700, 900, 1100, 1300, 1500, 1700, 1900, 2000}}}))
+            for (const int id : ids_with(
+                     {{"frequency_penalty", penalty},
+                      {"allowed_token_ids", {1490, 1550, 1610, 1670, 1730, 1790, 1850, 1910}}}))
                 counts[id]++;
             int times = 0;
             for (const auto& [id, count] : counts) times = std::max(times, count);
@@ -644,11 +644,12 @@ TEST_CASE("penalties change a text in the direction that they name", "[demo]") {
         };
         CHECK(most(2) < most(0));
         CHECK(most(-2) == 20);
+        CHECK(most(0) < 20);
         const auto different = [&](double penalty) {
             const Ids ids = ids_with({{"repetition_penalty", penalty}});
             return std::set<int>(ids.begin(), ids.end()).size();
         };
-        CHECK(different(1) > different(0.5));
+        CHECK(different(1) > different(0.1));
         // The repetition penalty counts prompt and output: no id comes twice.
         const Ids ids = ids_with({{"repetition_penalty", 100}});
         for (size_t i = 0; i < ids.size(); i++) {
@@ -2068,7 +2069,8 @@ TEST_CASE("bug: endless whitespace in JSON mode", "[http]") {
     }
     INFO(s);
     CHECK(longest > 0);
-    CHECK(longest <= 65);  // a line's end, and what a line begins with
+    // A line's end, and what a line begins with; in an empty object twice.
+    CHECK(longest <= 130);
 }
 
 TEST_CASE("bug: defaults from generation_config surprise", "[http]") {
@@ -2588,12 +2590,11 @@ TEST_CASE("tools: the prompt has Google's form", "[http]") {
         R"([{"name": function name, "parameters": dictionary of argument name and its value}])";
     const std::string required =
         body.substr(0, body.size() - 1) + R"(, "tool_choice": "required"})";
-    CHECK(
-        seen(required) ==
-        head + offer + in_json + no_text + tool + "\n\n" + rest +
-            R"([{"name":"get_weather","parameters":{"city":"Paris","days":[1,true,null,{"k":0.5}]}})"
-            R"(, {"name":"get_time","parameters":{}}])" +
-            results);
+    CHECK(seen(required) == head + offer + in_json + no_text + tool + "\n\n" + rest +
+                                R"([{"name":"get_weather","parameters":{"city":"Paris",)"
+                                R"("days":[1,true,null,{"k":0.5}]}})"
+                                R"(, {"name":"get_time","parameters":{}}])" +
+                                results);
 }
 
 TEST_CASE("tools: what is wrong is named", "[http]") {

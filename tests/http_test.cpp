@@ -413,7 +413,8 @@ TEST_CASE("generation_config.json gives the defaults", "[demo]") {
         const json given{{"temperature", 0.7}, {"top_k", 64}, {"top_p", 0.95}, {"min_p", 0}};
         bool vllm_differs = false;
         for (int seed = 0; seed < 8; seed++) {
-            const json fields{{"seed", seed}, {"max_tokens", 20}};
+            // Foreign to the demo model, which is sure of what it knows.
+            const json fields = with(base(path, "xyzzy"), {{"seed", seed}, {"max_tokens", 20}});
             const std::string plain = first_text(ask(path, fields));
             CHECK(plain == first_text(ask(path, with(fields, given))));
             vllm_differs |=
