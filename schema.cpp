@@ -333,11 +333,13 @@ class Schema {
                         std::min(most_integer, int64_t(high)));
     }
 
-    // Without the 29th of February, which not each year has.
     static const std::map<std::string, std::string>& formats() {
         const std::string year = R"(([1-9]\d{3}|0([1-9]\d\d|0([1-9]\d|0[1-9]))))";
-        const std::string date = year + R"(-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|)"
-                                        R"((0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8])))";
+        const std::string days = R"(-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|)"
+                                 R"((0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8])))";
+        const std::string fourth = "(0[48]|[2468][048]|[13579][26])";  // 04, 08, 12 to 96
+        const std::string date =
+            "(" + year + days + "|(\\d\\d" + fourth + "|" + fourth + "00)-02-29)";
         const std::string hour = R"(([01]\d|2[0-3]):[0-5]\d)";
         const std::string time = hour + R"(:[0-5]\d(\.\d{1,9})?([Zz]|[+-])" + hour + ")";
         const std::string byte = R"((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d))";
@@ -354,7 +356,7 @@ class Schema {
             {"time", time},
             {"date-time", "(" + date + ")[Tt]" + time},
             {"uuid", "[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"},
-            {"email", R"([a-zA-Z0-9_%+-]+(\.[a-zA-Z0-9_%+-]+)*@)"
+            {"email", R"([a-zA-Z0-9_%+~-]+(\.[a-zA-Z0-9_%+~-]+)*@)"
                       R"(([a-zA-Z0-9]([a-zA-Z0-9-]{0,30}[a-zA-Z0-9])?\.)+[a-zA-Z]{2,20})"},
             {"ipv4", "(" + byte + R"(\.){3})" + byte},
             {"ipv6", ipv6},

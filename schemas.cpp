@@ -8,6 +8,7 @@
 #include "schemas.h"
 
 #include <algorithm>
+#include <charconv>
 #include <set>
 
 #include "fields.h"
@@ -84,8 +85,17 @@ const ordered& Schemas::resolve(const ordered& schema, const std::string& place)
     const ordered& name = member(schema, "$ref");
     if (!name.is_string() || !name.get_ref<const std::string&>().starts_with("#"))
         fail(place, "$ref must begin with #, got " + name.dump().substr(0, 100));
+    std::string pointer;
+    for (auto left = std::string_view(name.get_ref<const std::string&>()).substr(1);
+         !left.empty();) {
+        int byte = 0;  // %25
+        const bool is_code = left.size() > 2 && left[0] == '%' &&
+                             std::from_chars(&left[1], &left[3], byte, 16).ptr == &left[3];
+        pointer += is_code ? char(byte) : left[0];
+        left.remove_prefix(is_code ? 3 : 1);
+    }
     try {
-        return root.at(ordered::json_pointer(name.get_ref<const std::string&>().substr(1)));
+        return root.at(ordered::json_pointer(pointer));
     } catch (const ordered::exception&) {
         fail(place, "$ref " + name.dump().substr(0, 100) + " leads nowhere");
     }

@@ -279,8 +279,7 @@ def errors():
     raises(bad, lambda: complete(logit_bias={"5000": 1}), "5000", "2048")
     raises(bad, lambda: chat([{"role": "assistant", "content": "x"}]), "alternate")
     raises(bad, lambda: chat(top_logprobs=2), "logprobs")
-    raises(bad, lambda: chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools",
-           param="tools")
+    raises(bad, lambda: chat(tools=[{"type": "function"}]), "tools[0].function", param="tools")
     nobody = raises(openai.NotFoundError, lambda: plain.completions.create(
         model="nobody", prompt=PROMPT), "The model `nobody` does not exist.")
     check(nobody.type == "NotFoundError", nobody.type)
