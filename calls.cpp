@@ -284,10 +284,16 @@ bool CallReader::read_member() {
         is_quote(held[c.at]) && closer == '}' ? behind.string() : std::string(behind.word());
     behind.skip_space();
     if (behind.at_end() && !is_last) return false;
-    if (!key.empty() && behind.take(closer == '}' ? ":" : "="))
+    if (!key.empty() && behind.take(closer == '}' ? ":" : "=")) {
         c = behind;
-    else
+    } else if (closer == '}') {  // no member: what stands there is left out
+        held.erase(0, c.at + 1);
+        return true;
+    } else if (behind.at_end() && std::islower(uint8_t(key[0]))) {
+        return false;  // the start of a name, cut off; constants have capitals
+    } else {
         key = tools->parameter(calls.back().name, size_t(members));  // by its place, as in Python
+    }
     c.skip_space();
     if (c.at_end()) return false;
     begin_member(key.empty() ? text("argument_%d", members) : key);

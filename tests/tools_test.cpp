@@ -344,6 +344,16 @@ TEST_CASE("a call that its turn ends is completed; one that a limit cuts is left
         CAPTURE(text);
         CHECK(read_all_ways(text) == Reading{"", {paris}});
     }
+    // A stop string may end a text anywhere: the start of a name is no value.
+    for (const char* text :
+         {"{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\", \"da",
+          "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\", \"",
+          "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\", \"days\"",
+          "{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\", \"days\": ",
+          "[get_weather(city=\"Paris\", da", "[get_weather(city=\"Paris\", days ="}) {
+        CAPTURE(text);
+        CHECK(read_all_ways(text) == Reading{"", {paris}});
+    }
     CHECK(read_all_ways("[get_weather(city='Par", Finish::length) ==
           Reading{"", {{"get_weather", R"({"city": "Par)"}}});
     CHECK(read_all_ways("[get_weather(city=\"Paris\", days=1", Finish::length) ==
