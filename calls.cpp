@@ -3,10 +3,11 @@
 // calls.cpp: text becomes tool calls, as it streams. Beside the path.
 //
 //   [1] Heads   where a call begins
-//   [2] Reader  one for each choice
+//   [2] Reader  one function for each state
 #include "calls.h"
 
 #include <algorithm>
+#include <optional>
 #include <random>
 
 #include "fields.h"
@@ -16,7 +17,8 @@ namespace gemma {
 
 namespace {
 
-constexpr size_t most_head = 4096;  // bytes that are held before a call is certain
+// Bytes that are held before a call is certain, or an argument's name; white space in front of it.
+constexpr size_t most_head = 4096, most_space = 64;
 
 bool is_word(char c) { return std::isalnum(uint8_t(c)) || c == '_' || c == '-' || c == '.'; }
 
@@ -67,21 +69,30 @@ struct CallReader::Cursor {
         }
         return "";
     }
-    std::string string() {  // what it says; "": none, or it is not all there
-        if (at_end() || !is_quote(text[at])) return "";
+    std::optional<std::string> string() {  // what it says; none, or it is not all there
+        if (at_end() || !is_quote(text[at])) return std::nullopt;
         const size_t begin = at;
-        for (at++; !at_end() && text[at] != text[begin]; at++) at += text[at] == '\\';
+        for (at++; at < text.size() && text[at] != text[begin]; at++) at += text[at] == '\\';
         if (at >= text.size()) {
             at = text.size();
             ran_out = true;
-            return "";
+            return std::nullopt;
         }
         at++;
         return json::parse(literal_to_json(text.substr(begin, at - begin))).get<std::string>();
     }
 };
 
+// An apostrophe within a word is none; but r'a' is a string.
+bool CallReader::Balance::opens_string(char c) const {
+    const bool in_word = std::isalnum(uint8_t(last));
+    const bool has_prefix = is_one_of(last, "rbufRBUF") && !std::isalnum(uint8_t(before));
+    return c == '"' || (c == '\'' && (!in_word || has_prefix));
+}
+
 bool CallReader::Balance::ends(char c, char close) {
+    const bool opens = opens_string(c);
+    before = std::exchange(last, c);
     if (std::exchange(escaped, false)) return false;
     if (quote != 0) {
         escaped = c == '\\';
@@ -89,7 +100,7 @@ bool CallReader::Balance::ends(char c, char close) {
         return false;
     }
     if (depth == 0 && (c == ',' || c == close)) return true;
-    if (is_quote(c)) quote = c;
+    if (opens) quote = c;
     depth += c == '(' || c == '[' || c == '{';
     depth -= depth > 0 && (c == ')' || c == ']' || c == '}');
     return false;
@@ -99,18 +110,19 @@ CallReader::Head CallReader::read_head(std::string_view text, bool begins_line) 
     Head head;
     Cursor c{text.substr(0, most_head)};
     begins_line |= c.skip_space();
-    const bool in_fence = c.take("```");
-    if (in_fence) {
+    if (c.at > most_space) return head;
+    head.in_fence = c.take("```");
+    if (head.in_fence) {
         c.word();
         c.skip_space();
     }
-    const bool in_list = c.take("[");
-    if (in_list) c.skip_space();
-    if (in_fence || in_list || begins_line) {
+    head.in_list = c.take("[");
+    if (head.in_list) c.skip_space();
+    if (head.in_fence || head.in_list || begins_line) {
         if (c.take("{"))
             read_json(c, head);
         else
-            read_python(c, head, !in_fence && !in_list);
+            read_python(c, head);
     }
     head.size = c.at;
     head.may_come = !head.found && c.ran_out && !is_last && text.size() < most_head;
@@ -118,16 +130,19 @@ CallReader::Head CallReader::read_head(std::string_view text, bool begins_line) 
 }
 
 // name(, and then what can only be an argument or the end: prose may name a function too.
-void CallReader::read_python(Cursor& c, Head& head, bool is_bare) const {
+void CallReader::read_python(Cursor& c, Head& head) const {
+    head.in_print = head.in_fence && c.take("print(");
     const std::string name(c.word());
-    if (!name.empty() && c.at_end() && !tools->has_prefix(name)) c.ran_out = false;
+    // Ordinary words are not held.
+    const bool may_be_print = head.in_fence && std::string_view("print(").starts_with(name);
+    if (c.at_end() && !tools->has_prefix(name) && !may_be_print) c.ran_out = false;
     if (!tools->has(name) || !c.take("(")) return;
-    Cursor next = c;
+    Cursor next = c;  // looks ahead, and is not taken
     next.skip_space();
     if (next.take(")")) {
         while (!next.at_end() && next.text[next.at] == ' ') next.at++;
-        const bool is_over = next.at_end() ? is_last : is_one_of(next.text[next.at], "\n`,;]");
-        head.found = !is_bare || is_over;
+        const bool is_over = next.at_end() ? is_last : is_one_of(next.text[next.at], "\n`,;])");
+        head.found = head.in_fence || head.in_list || is_over;
     } else if (!next.at_end() && is_one_of(next.text[next.at], "\"'[{(+.0123456789")) {
         head.found = true;
     } else {
@@ -156,13 +171,13 @@ void CallReader::read_json(Cursor& c, Head& head) const {
             return;
         }
         if (c.take(",")) continue;
-        const std::string key = c.string();
+        const std::optional<std::string> key = c.string();
         c.skip_space();
-        if (key.empty() || !c.take(":")) return;
+        if (!key || !c.take(":")) return;
         c.skip_space();
         const bool is_arguments = key == "parameters" || key == "arguments";
         if (key == "name") {
-            head.name = c.string();
+            head.name = c.string().value_or("");
             if (!tools->has(head.name)) return;
         } else if (is_arguments && !head.name.empty() && c.take("{")) {
             head.found = true;
@@ -195,22 +210,27 @@ std::string draw_id() {
 
 }  // namespace
 
-std::string CallReader::push(std::string_view more, Finish finish) {
+std::string CallReader::push(std::string_view more, Finish finish, bool cut) {
     held += more;
     is_last = finish != Finish::none;
+    is_cut = cut;
     std::string out;
     while (read(out)) {
     }
-    if (finish == Finish::stop) complete();
+    if (finish == Finish::stop && !is_cut) complete();
     return tools->choice == Tools::Choice::automatic ? out : "";  // else it is part of a call
 }
 
 bool CallReader::read(std::string& out) {
-    if (state == State::done) held.clear();
     if (held.empty()) return false;
     switch (state) {
+        case State::start:
+            return read_start();
         case State::text:
             return read_text(out);
+        case State::plain:
+            out += std::exchange(held, {});
+            return false;
         case State::member:
             return read_member();
         case State::value:
@@ -222,9 +242,22 @@ bool CallReader::read(std::string& out) {
         case State::behind:
             return read_behind();
         case State::done:
+            held.clear();
             return false;
     }
     return false;
+}
+
+// A text that begins with an object which is no call is a document: what looks like a call in it
+// is a part of it.
+bool CallReader::read_start() {
+    const size_t first = held.find_first_not_of(" \n\r\t");
+    const bool is_object = first != held.npos && held[first] == '{';
+    const Head head = is_object && !tools->in_json ? read_head(held, true) : Head{};
+    const bool is_empty = first == held.npos && held.size() <= most_space;
+    if ((is_empty && !is_last) || head.may_come) return false;
+    state = is_object && !head.found ? State::plain : State::text;
+    return true;
 }
 
 bool CallReader::read_text(std::string& out) {
@@ -249,6 +282,9 @@ void CallReader::begin_call(const Head& head) {
     calls.push_back({draw_id(), head.name, head.arguments});
     closer = head.closer;
     objects = head.objects;
+    in_fence |= head.in_fence;
+    in_list |= head.in_list;
+    in_print = head.in_print;
     members = 0;
     state = State::member;
     if (!head.arguments.empty()) leave_call();
@@ -268,36 +304,41 @@ void CallReader::begin_member(const std::string& key) {
     calls.back().arguments += (members++ > 0 ? ", " : "{") + quote(key) + ": ";
 }
 
+// What was read once must not be held, and read again with each piece of text.
+void CallReader::drop_space() { held.erase(0, held.find_first_not_of(" \n\r\t")); }
+
 // The key of the next argument, or the end of all.
 bool CallReader::read_member() {
-    Cursor c{held};
-    c.skip_space();
-    if (members > 0 && c.take(",")) c.skip_space();
-    if (c.at_end()) return false;
-    if (held[c.at] == closer) {
-        held.erase(0, c.at + 1);
+    held.erase(0, held.find_first_not_of(" \n\r\t,"));
+    if (held.empty()) return false;
+    const bool in_json = closer == '}';
+    if (held[0] == closer) {
+        held.erase(0, 1);
         end_call();
         return true;
     }
-    Cursor behind = c;
-    std::string key =
-        is_quote(held[c.at]) && closer == '}' ? behind.string() : std::string(behind.word());
-    behind.skip_space();
-    if (behind.at_end() && !is_last) return false;
-    if (!key.empty() && behind.take(closer == '}' ? ":" : "=")) {
-        c = behind;
-    } else if (closer == '}') {  // no member: what stands there is left out
-        held.erase(0, c.at + 1);
-        return true;
-    } else if (behind.at_end() && std::islower(uint8_t(key[0]))) {
-        return false;  // the start of a name, cut off; constants have capitals
-    } else {
-        key = tools->parameter(calls.back().name, size_t(members));  // by its place, as in Python
-    }
+    Cursor c{std::string_view(held).substr(0, most_head)};
+    const std::optional<std::string> key =
+        in_json && is_quote(held[0]) ? c.string() : std::optional<std::string>(c.word());
     c.skip_space();
-    if (c.at_end()) return false;
-    begin_member(key.empty() ? text("argument_%d", members) : key);
-    held.erase(0, c.at);
+    const bool at_end = c.at_end();
+    if (at_end && !is_last && held.size() < most_head) return false;
+    std::string name;
+    if (key && (in_json || !key->empty()) && c.take(in_json ? ":" : "=")) {
+        c.skip_space();
+        if (c.at_end() && held.size() < most_head) return false;  // the value decides
+        name = *key;
+        held.erase(0, c.at);
+    } else if (in_json) {  // no member: what stands there is left out
+        held.erase(0, at_end ? c.at : 1);
+        return true;
+    } else if (at_end && is_last && std::islower(uint8_t((*key)[0]))) {
+        return false;  // the start of a name, cut off; constants have capitals
+    } else {           // by its place, as in Python
+        name = tools->parameter(calls.back().name, size_t(members));
+        if (name.empty()) name = text("argument_%d", members);
+    }
+    begin_member(name);
     state = State::value;
     scanned = 0;
     balance = {};
@@ -355,13 +396,9 @@ bool CallReader::read_string() {
 // Between a string and what ends its argument: Python joins strings that stand side by side, and
 // what is no string is left out.
 bool CallReader::read_gap() {
-    Cursor c{held};
-    c.skip_space();
-    if (c.at_end()) return false;
-    if (scanned == 0 && is_quote(held[c.at])) {
-        held.erase(0, c.at);
-        return open_string();
-    }
+    if (scanned == 0) drop_space();
+    if (held.empty()) return false;
+    if (scanned == 0 && is_quote(held[0]) && closer == ')') return open_string();
     while (scanned < held.size() && !balance.ends(held[scanned], closer)) scanned++;
     if (scanned == held.size()) return false;
     calls.back().arguments += '"';
@@ -370,41 +407,61 @@ bool CallReader::read_gap() {
     return true;
 }
 
+// The objects around the arguments. Where a new one begins, or a blank line, they were not closed.
+void CallReader::close_objects() {
+    size_t read = 0;
+    for (; objects > 0 && read < held.size(); read++) {
+        const char c = held[read];
+        const bool blank = c == '\n' && balance.last == '\n';
+        if (balance.depth == 0 && balance.quote == 0 && (c == '{' || c == '`' || c == ']' || blank))
+            objects = 0;
+        if (objects == 0) break;
+        objects -= balance.ends(c, '}') && c == '}';
+    }
+    held.erase(0, read);
+}
+
 // Behind the arguments of a call: what closes it, then another one, or text.
 bool CallReader::read_behind() {
-    size_t closed = 0;
-    for (; objects > 0 && closed < held.size(); closed++)
-        objects -= balance.ends(held[closed], '}') && held[closed] == '}';
-    held.erase(0, closed);
+    close_objects();
+    drop_space();
+    if (held.empty()) return false;
     Cursor c{held};
-    c.skip_space();
-    if (c.at_end() && !is_last) return false;
-    if (c.take("```") || c.take("]") || c.take(",") || c.take(";")) {
-        held.erase(0, c.at);
+    if (in_print && c.take(")")) {
+        in_print = false;
+    } else if (in_list && c.take("]")) {
+        in_list = false;
+    } else if (in_fence && c.take("```")) {
+        in_fence = false;
+    } else if (!in_list || !c.take(",")) {
+        const Head head = read_head(held, true);
+        if (head.may_come || (c.ran_out && !is_last)) return false;
+        if (head.found) {
+            begin_call(head);
+            return true;
+        }
+        if (c.ran_out) held.clear();  // the start of what closes it, cut off
+        line_begins = true;
+        in_fence = in_list = false;
+        state = State::text;
         return true;
     }
-    const Head head = read_head(held, true);
-    if (head.may_come || (!is_last && c.ran_out)) return false;
-    if (head.found) {
-        begin_call(head);
-        return true;
-    }
-    held.erase(0, c.ran_out ? held.size() : c.at);  // the start of what closes it, cut off
-    line_begins = true;
-    state = State::text;
+    held.erase(0, c.at);
     return true;
 }
 
 // The model has ended its turn amid a call: what is there is all that it has.
 void CallReader::complete() {
-    if (state == State::text || state == State::behind || state == State::done) return;
+    const bool is_open = state == State::member || state == State::value ||
+                         state == State::string || state == State::gap;
+    if (!is_open) return;
     if (state == State::value) calls.back().arguments += literal_to_json(held);
     if (state == State::string || state == State::gap) calls.back().arguments += '"';
     end_call();
 }
 
 std::string CallReader::finish_reason(Finish finish) const {
-    const bool called = finish == Finish::stop && !calls.empty();
+    const bool called = finish == Finish::stop && !is_cut && !calls.empty();
     return called && tools->choice != Tools::Choice::named ? R"("tool_calls")" : "";
 }
 

@@ -23,8 +23,9 @@ class CallReader {
   public:
     explicit CallReader(std::shared_ptr<const Tools> of_request) : tools(std::move(of_request)) {}
     // Takes text as it comes, and returns what of it is no call. finish: how it ends, if it does;
-    // calls that are not complete are completed at Finish::stop, and left as they are elsewhere.
-    std::string push(std::string_view more, Finish finish);
+    // a call that its turn ends is completed; one that a limit cuts is left as it is.
+    // is_cut: a stop string ends it, so that a call may be incomplete.
+    std::string push(std::string_view more, Finish finish, bool is_cut = false);
     // The parts of calls that came since this was asked last, as vLLM's JSON without brackets.
     std::string take_json(bool stream);
     // As JSON: "tool_calls", as OpenAI has it; "" where the answer's own reason stands.
@@ -38,6 +39,7 @@ class CallReader {
     // What stands in front of a call's arguments.
     struct Head {
         bool found = false, may_come = false;  // may_come: with more text
+        bool in_fence = false, in_list = false, in_print = false;
         size_t size = 0;
         std::string name, arguments;  // arguments: JSON, if the head has all of them
         char closer = ')';            // of the arguments
@@ -46,9 +48,10 @@ class CallReader {
     // Where a value ends: at a comma or a closer that is in no brackets and no string.
     struct Balance {
         int depth = 0;
-        char quote = 0;
+        char quote = 0, last = 0, before = 0;  // the two characters in front of the next
         bool escaped = false;
         bool ends(char c, char closer);
+        bool opens_string(char c) const;
     };
     struct Cursor;
     struct Call {
@@ -56,10 +59,12 @@ class CallReader {
         std::string arguments;  // JSON text that was not told yet
         bool is_told = false;   // is the name?
     };
-    enum class State { text, member, value, string, gap, behind, done };
+    // start: nothing but white space has come. plain: no call can come.
+    enum class State { start, text, plain, member, value, string, gap, behind, done };
 
     // Each reads from `held` as far as it can; false: it needs more.
     bool read(std::string& out);
+    bool read_start();
     bool read_text(std::string& out);
     bool read_member();
     bool read_value();
@@ -71,17 +76,21 @@ class CallReader {
     void begin_member(const std::string& key);
     void end_call();
     void leave_call();
+    void drop_space();
+    void close_objects();
     void complete();
     Head read_head(std::string_view text, bool line_begins) const;
-    void read_python(Cursor& c, Head& head, bool is_bare) const;
+    void read_python(Cursor& c, Head& head) const;
     void read_json(Cursor& c, Head& head) const;
 
     std::shared_ptr<const Tools> tools;
     std::vector<Call> calls;
     std::string held;  // came, and is not read
-    State state = State::text;
-    bool is_last = false;          // no more text comes
-    bool line_begins = true;       // in front of `held`
+    State state = State::start;
+    bool is_last = false, is_cut = false;  // no more text comes; a stop string has cut it
+    bool line_begins = true;               // in front of `held`
+    // What was opened around calls, and is closed behind them.
+    bool in_fence = false, in_list = false, in_print = false;
     char closer = ')';             // of this call's arguments
     int objects = 0, members = 0;  // objects around the arguments, members of them so far
     std::string quote_mark;        // that ends the string being read

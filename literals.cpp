@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -174,11 +175,10 @@ class Literal {
         std::copy_if(text.begin(), text.end(), std::back_inserter(plain),
                      [](char c) { return c != '_'; });
         if (plain.starts_with('+')) plain.erase(0, 1);
-        const bool is_number = !plain.empty() && std::strchr("-.0123456789", plain[0]);
-        if (!is_number) return quote(text);
-        if (json::accept(plain)) return plain;  // with all its digits
-        const bool negative = plain[0] == '-';
+        if (json::accept(plain) && is_one_of(plain, "-0123456789")) return plain;  // all digits
+        const bool negative = plain.starts_with('-');
         const std::string size = plain.substr(negative);
+        if (!is_one_of(size, ".0123456789")) return quote(text);
         const int base = size.starts_with("0x") || size.starts_with("0X")   ? 16
                          : size.starts_with("0o") || size.starts_with("0O") ? 8
                          : size.starts_with("0b") || size.starts_with("0B") ? 2
@@ -191,10 +191,15 @@ class Literal {
             if (error != std::errc() || stopped != end) return quote(text);
             return (negative ? "-" : "") + std::to_string(whole);
         }
-        double real = 0;  // ".5", "5."
+        double real = 0;  // ".5", "5."; digits behind a 0 are no number of Python's
         const auto [stopped, error] = std::from_chars(first, end, real);
-        if (error != std::errc() || stopped != end) return quote(text);
+        const bool is_whole = error == std::errc() && stopped == end && std::isfinite(real);
+        if (!is_whole || size.find_first_of(".eE") == size.npos) return quote(text);
         return quote(negative ? -real : real);
+    }
+
+    static bool is_one_of(const std::string& s, std::string_view all) {  // its first character
+        return !s.empty() && all.find(s[0]) != all.npos;
     }
 
     std::string rest() { return quote(std::string(s.substr(std::exchange(at, s.size())))); }

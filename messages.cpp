@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 
 #include "fields.h"
 #include "request.h"
+#include "structured.h"
 
 namespace gemma {
 
@@ -67,45 +69,56 @@ std::string offer(const Tools& tools) {
            tools.offered.dump(2, ' ', false, ordered::error_handler_t::replace);
 }
 
-std::string python(const ordered& value) {
+template <class Json>
+std::string python(const Json& value) {
     if (value.is_null()) return "None";
-    if (value.is_boolean()) return value.get<bool>() ? "True" : "False";
-    if (!value.is_structured())
-        return value.dump(-1, ' ', false, ordered::error_handler_t::replace);
+    if (value.is_boolean()) return value.template get<bool>() ? "True" : "False";
+    if (!value.is_structured()) return value.dump(-1, ' ', false, json::error_handler_t::replace);
     std::string s;
     for (const auto& [name, item] : value.items())
         s += (s.empty() ? "" : ", ") + (value.is_object() ? quote(name) + ": " : "") + python(item);
     return value.is_object() ? "{" + s + "}" : "[" + s + "]";
 }
 
-// The calls of an assistant's message, as the prompt asks for calls.
+// As the prompt asks for calls. Null if the arguments are no object.
+template <class Json>
+std::optional<std::string> write_call(const std::string& name, const Json& arguments,
+                                      bool in_json) {
+    if (!arguments.is_object()) return std::nullopt;
+    if (in_json)
+        return R"({"name":)" + quote(name) + R"(,"parameters":)" +
+               arguments.dump(-1, ' ', false, json::error_handler_t::replace) + "}";
+    std::string list;
+    for (const auto& [key, value] : arguments.items())
+        list += (list.empty() ? "" : ", ") + key + "=" + python(value);
+    return name + "(" + list + ")";
+}
+
+// The calls of an assistant's message.
 std::string write_calls(const json& calls, bool in_json, size_t message) {
     std::string s;
     for (size_t i = 0; i < calls.size(); i++) {
+        const std::string place = text("messages[%zu].tool_calls[%zu].function", message, i);
         const auto need = [&](bool met, const char* what, const json& got) {
-            if (!met)
-                refuse("messages", "messages[%zu].tool_calls[%zu].%s, got %s", message, i, what,
-                       show(got).c_str());
+            if (!met) refuse("messages", "%s%s, got %s", place.c_str(), what, show(got).c_str());
         };
         const json& call = calls[i];
         const json function = call.is_object() ? call.value("function", json()) : json();
-        need(function.is_object(), "function must be an object", function);
+        need(function.is_object(), " must be an object", function);
         const json name = function.value("name", json());
-        need(name.is_string() && name != "", "function.name must be a name", name);
+        need(name.is_string() && name != "", ".name must be a name", name);
         const json given = function.value("arguments", json());
-        const std::string text = given.is_string() ? given.get<std::string>() : given.dump();
-        ordered arguments = ordered::object();
-        if (!text.empty() && !given.is_null()) {
-            check_depth(text, "messages");
-            arguments = ordered::parse(text, nullptr, false);
-        }
-        need(arguments.is_object(), "function.arguments must be a JSON object", given);
-        std::string list;
-        for (const auto& [key, value] : arguments.items())
-            list += (list.empty() ? "" : ", ") + key + "=" + python(value);
-        const std::string in_python = name.get<std::string>() + "(" + list + ")";
-        const ordered as_json{{"name", name}, {"parameters", arguments}};
-        s += (i > 0 ? ", " : "") + (in_json ? as_json.dump() : in_python);
+        std::string text = given.is_string() ? given.get<std::string>() : given.dump();
+        if (text.empty() || given.is_null()) text = "{}";
+        const bool has_nul = text.find('\0') != text.npos;  // the library takes it for the end
+        check_depth(text, "messages");
+        // With their order, which is the model's; but that parser takes the square of the members.
+        const auto written = has_nul ? std::nullopt
+                             : count_members(text) > 256
+                                 ? write_call(name, json::parse(text, nullptr, false), in_json)
+                                 : write_call(name, ordered::parse(text, nullptr, false), in_json);
+        need(written.has_value(), ".arguments must be a JSON object", given);
+        s += (i > 0 ? ", " : "") + *written;
     }
     return "[" + s + "]";
 }
@@ -149,10 +162,11 @@ class ToolResults {
 // Puts the offer where a system's message stands, which is in front of the first question.
 void put_offer(json& turns, const Tools& tools) {
     std::string text = offer(tools);
-    if (turns[0].is_object() && turns[0].value("role", json()) == "system") {
+    if (turns[0]["role"] == "system") {
         json& content = turns[0]["content"];
+        // Of a list, the template takes the first part.
         if (content.is_array() && content.size() > 1) content = json::array({content[0]});
-        const std::string of_system = text_at(turns[0], 0);  // of a list, the first part
+        const std::string of_system = text_at(turns[0], 0);
         text = of_system + (of_system.empty() ? "" : "\n\n") + text;
         turns.erase(0);
     }
@@ -168,8 +182,8 @@ json make_turns(json messages, const Tools* tools) {
     for (size_t i = 0; i < messages.size(); i++) {
         json& message = messages[i];
         const json role = message.is_object() ? message.value("role", json()) : json();
-        if (message.is_object())
-            message["content"] = template_content(message.value("content", json()), i);
+        if (!role.is_string()) refuse("messages", "messages[%zu]: role must be a string", i);
+        message["content"] = template_content(message.value("content", json()), i);
         if (role == "tool") {
             results.add(message, i);
             continue;

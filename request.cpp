@@ -61,6 +61,7 @@ const RequestFields chat_fields{
     {"max_completion_tokens", &Request::max_tokens, 1, 1e9},
     {"logprobs", &Request::chat_logprobs},
     {"top_logprobs", &Request::top_logprobs, 0, 20},
+    {"parallel_tool_calls", &Request::parallel_tool_calls},
 };
 const RequestFields stream_fields{
     {"include_usage", &Request::include_usage},
@@ -343,7 +344,7 @@ Request parse_request(const Served& served, const json& body, const std::string&
     parse_stream_options(body, r);
     check_model(served, r.model);
     check_offered(body, chat);
-    if (chat) r.tools = parse_tools(body, text);
+    if (chat) r.tools = parse_tools(body, text, r.parallel_tool_calls);
     if (!chat) r.add_generation_prompt = r.continue_final_message = false;
     if (r.model.empty()) r.model = served.names[0];
     r.temperature = r.temperature < 1e-5 ? 0 : std::clamp(r.temperature, 0.01, 1e6);  // as vLLM
@@ -358,11 +359,11 @@ Request parse_tokenize(const Served& served, const json& body, const std::string
                        const GoOn& go_on) {
     Request r;
     r.chat = body.contains("messages");
-    if (r.chat) r.tools = parse_tools(body, text);
     r.add_special_tokens = !r.chat;
     for (const auto* fields : {&prompt_fields, &tokenize_fields}) assign_all(r, *fields, body);
     check_model(served, r.model);
     check_offered(body, r.chat);
+    if (r.chat) r.tools = parse_tools(body, text, true);
     if (!r.chat) r.add_generation_prompt = false;
     check_fields(served, r, json::object());
     const json prompt = body.value("prompt", json());

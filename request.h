@@ -50,6 +50,7 @@ struct Request {
     std::vector<std::string> stop;
     std::vector<int> stop_token_ids, allowed_token_ids;
     std::map<int, double> logit_bias;
+    bool parallel_tool_calls = true;
     std::shared_ptr<const Tools> tools;  // null: none
 };
 

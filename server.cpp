@@ -318,7 +318,7 @@ class Answer {
         else
             cut = c.held.size() - (finish == Finish::none ? keep : 0);
         const std::string released = c.held.substr(0, cut);
-        c.text += c.calls ? c.calls->push(released, finish) : released;
+        c.text += c.calls ? c.calls->push(released, finish, first != c.held.npos) : released;
         c.held.erase(0, cut);
         c.early -= std::min(c.early, cut);
         return finish;

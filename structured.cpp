@@ -18,17 +18,6 @@ using ordered = nlohmann::ordered_json;
 // time of a hostile schema below 0.2 s.
 constexpr size_t most_schema_bytes = 256 << 10, most_members = 10'000;
 
-// Of all objects in a JSON text: its colons that are in no string.
-size_t count_members(std::string_view text) {
-    size_t colons = 0;
-    for (size_t i = 0; i < text.size(); i++) {
-        colons += text[i] == ':';
-        if (text[i] != '"') continue;
-        for (i++; i < text.size() && text[i] != '"'; i++) i += text[i] == '\\';
-    }
-    return colons;
-}
-
 // The text of a member of the object that `text` is, which is valid JSON: the last of that name.
 std::string_view member_text(std::string_view text, const std::string& name) {
     std::string_view found;
@@ -152,7 +141,31 @@ std::pair<std::string, ordered> of_structured_outputs(const ordered& fields) {
     return found;
 }
 
+// Refuses a function's schema in its own place: in that of all calls nobody finds it.
+void check_schemas(const Tools& tools) {
+    for (size_t i = 0; i < tools.offered.size(); i++) {
+        const ordered schema = tools.offered[i].value("parameters", ordered());
+        const std::string place = gemma::text("tools[%zu].function.parameters", i);
+        try {
+            if (schema.is_object()) Grammar::of_schema(schema, place.c_str());
+        } catch (Refusal& refusal) {
+            refusal.param = "tools";
+            throw;
+        }
+    }
+}
+
 }  // namespace
+
+size_t count_members(std::string_view text) {  // the colons that are in no string
+    size_t colons = 0;
+    for (size_t i = 0; i < text.size(); i++) {
+        colons += text[i] == ':';
+        if (text[i] != '"') continue;
+        for (i++; i < text.size() && text[i] != '"'; i++) i += text[i] == '\\';
+    }
+    return colons;
+}
 
 ordered ordered_field(const std::string& text, const char* name) {
     return parse_ordered(member_text(text, name), name);
@@ -183,8 +196,7 @@ std::shared_ptr<Grammar> asked_grammar(Grammars& grammars, const Request& r, con
         param = name;
     }
     const bool is_called = r.tools && r.tools->choice != Tools::Choice::automatic;
-    if (is_called && r.tools->choice == Tools::Choice::named && !asked.first.empty() &&
-        param != std::string("response_format"))
+    if (is_called && !asked.first.empty() && param != std::string("response_format"))
         refuse(param,
                "You can only either use constraints for structured outputs or tools, not both.");
     if (is_called || (r.tools && param == std::string("response_format"))) {
@@ -196,7 +208,12 @@ std::shared_ptr<Grammar> asked_grammar(Grammars& grammars, const Request& r, con
     if (asked.first.empty()) return nullptr;
     if (!r.allowed_token_ids.empty())
         refuse("allowed_token_ids", "allowed_token_ids cannot be given together with %s", param);
-    return make_grammar(grammars, asked.first, asked.second, param);
+    try {
+        return make_grammar(grammars, asked.first, asked.second, param);
+    } catch (const Refusal&) {
+        if (r.tools) check_schemas(*r.tools);
+        throw;
+    }
 }
 
 }  // namespace gemma

@@ -32,11 +32,13 @@ bool Tools::has_prefix(std::string_view start) const {
 
 std::string Tools::parameter(std::string_view function, size_t index) const {
     for (const ordered& one : offered) {
-        const ordered schema = one.value("parameters", ordered());
-        if (one["name"] != function || !schema.is_object()) continue;
-        const ordered properties = schema.value("properties", ordered());
-        if (!properties.is_object() || index >= properties.size()) continue;
-        return std::next(properties.begin(), ptrdiff_t(index)).key();
+        if (one["name"] != function) continue;
+        const auto schema = one.find("parameters");
+        if (schema == one.end() || !schema->is_object()) return "";
+        const auto properties = schema->find("properties");
+        if (properties == schema->end() || index >= properties->size()) return "";
+        return properties->is_object() ? std::next(properties->begin(), ptrdiff_t(index)).key()
+                                       : "";
     }
     return "";
 }
@@ -111,7 +113,7 @@ std::string parse_named(const Tools& tools, const json& choice) {
 
 }  // namespace
 
-std::shared_ptr<const Tools> parse_tools(const json& body, const std::string& text) {
+std::shared_ptr<const Tools> parse_tools(const json& body, const std::string& text, bool parallel) {
     const json none, choice = body.value("tool_choice", none);
     const json list = body.value("tools", none);
     const bool is_absent = list.is_null();
@@ -132,11 +134,7 @@ std::shared_ptr<const Tools> parse_tools(const json& body, const std::string& te
     tools->choice = choice == "required" ? Tools::Choice::required
                     : choice.is_object() ? Tools::Choice::named
                                          : Tools::Choice::automatic;
-    const json parallel = body.value("parallel_tool_calls", none);
-    if (!parallel.is_null() && !parallel.is_boolean())
-        refuse("parallel_tool_calls", "parallel_tool_calls must be true or false, got %s",
-               show(parallel).c_str());
-    tools->parallel = parallel != false;
+    tools->parallel = parallel;
     // Where a grammar makes the answer JSON, the prompt must ask for JSON.
     const json format = body.value("response_format", none);
     const bool has_document = format.is_object() && format.value("type", json()) != "text";
@@ -151,11 +149,18 @@ namespace {
 // A schema whose own references are to what stands at `place` of a larger one.
 ordered moved(ordered schema, const std::string& place) {
     for (auto& [key, value] : schema.items()) {
-        const bool is_reference = key == "$ref" && value.is_string();
-        if (is_reference && value.get_ref<const std::string&>().starts_with("#"))
-            value = place + value.get<std::string>().substr(1);
-        else if (value.is_structured())
+        const std::string& name = key;
+        const bool is_value =
+            name == "const" || name == "enum" || name == "default" || name == "examples";
+        const bool has_names = name == "properties" || name == "$defs" || name == "definitions";
+        if (schema.is_object() && name == "$ref" && value.is_string()) {
+            const std::string target = value;
+            if (target == "#" || target.starts_with("#/")) value = place + target.substr(1);
+        } else if (schema.is_object() && has_names && value.is_object()) {
+            for (auto& [property, one] : value.items()) one = moved(one, place);
+        } else if (value.is_structured() && !(schema.is_object() && is_value)) {
             value = moved(value, place);
+        }
     }
     return schema;
 }

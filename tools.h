@@ -30,9 +30,9 @@ struct Tools {
     std::string parameter(std::string_view function, size_t index) const;
 };
 
-// What tools, tool_choice and parallel_tool_calls offer; null: nothing. Throws a Refusal that names
-// the field. text: the body as it came, which has the order of a schema's properties.
-std::shared_ptr<const Tools> parse_tools(const json& body, const std::string& text);
+// What tools and tool_choice offer; null: nothing. Throws a Refusal that names the field. text: the
+// body as it came, which has the order of a schema's properties. parallel: as Tools has it.
+std::shared_ptr<const Tools> parse_tools(const json& body, const std::string& text, bool parallel);
 
 // The JSON schema of a list of calls. One more branch is a document of `or_else`, unless null.
 nlohmann::ordered_json calls_schema(const Tools& tools, const nlohmann::ordered_json& or_else);

@@ -23,7 +23,7 @@ const char* const two_tools = R"({"tools": [
 
 std::shared_ptr<const Tools> make_tools(const std::string& more = "}") {
     const std::string body = two_tools + more;
-    return parse_tools(json::parse(body), body);
+    return parse_tools(json::parse(body), body, more.find("false") == more.npos);
 }
 
 // What a reader makes of a text: the text around the calls, then each call as name(arguments).
@@ -139,6 +139,11 @@ TEST_CASE("literals of Python and JSON become JSON") {
         {"'a' + 'b'", R"("'a' + 'b'")"},
         {"1 + 1", R"("1 + 1")"},
         {"2j", R"("2j")"},
+        {"01234", R"("01234")"},  // a zip code
+        {"--5", R"("--5")"},
+        {"-Infinity", R"("-Infinity")"},
+        {"-nan", R"("-nan")"},
+        {"3.0e2", "3.0e2"},
         {"1e999", R"("1e999")"},
         {"", R"("")"},
         {"]", R"("]")"},
@@ -187,6 +192,7 @@ TEST_CASE("calls are found in each form, whatever stands around them") {
         R"([get_weather(city="""Paris""")])",
         R"([get_weather(city=u"Paris")])",
         R"([get_weather(city="P\u0061ris")])",
+        "```tool_code\nprint(get_weather(city=\"Paris\"))\n```",
     };
     for (const char* text : one) {
         CAPTURE(text);
@@ -202,6 +208,17 @@ TEST_CASE("calls are found in each form, whatever stands around them") {
     CHECK(read_all_ways("Sure:\n```tool_code\n[get_time()]\n```\nThat was it.") ==
           Reading{"Sure:That was it.", {now}});
     CHECK(read_all_ways("I call [get_time()]") == Reading{"I call", {now}});
+    // What no call opened is not closed behind it.
+    CHECK(read_all_ways("[get_time()]\n```python\nprint(1)\n```") ==
+          Reading{"```python\nprint(1)\n```", {now}});
+    CHECK(read_all_ways("get_time()\n], and more") == Reading{"], and more", {now}});
+    CHECK(read_all_ways("```json\n{\"name\": \"get_time\"}\n```\n```\nx\n```") ==
+          Reading{"```\nx\n```", {now}});
+    // A brace that is missing costs no more than itself.
+    CHECK(read_all_ways("{\"name\": \"get_weather\", \"parameters\": {\"city\": \"Paris\"}\n\n"
+                        "It's there.") == Reading{"It's there.", {paris}});
+    CHECK(read_all_ways(R"([{"name": "get_time", "parameters": {},
+        {"name": "get_weather", "parameters": {"city": "Paris"}}])") == Reading{"", {now, paris}});
     // Several.
     CHECK(read_all_ways("[get_weather(city=\"Paris\"), get_time()]") == Reading{"", {paris, now}});
     CHECK(read_all_ways("[get_time(),\n get_weather(city='Paris')]\n") ==
@@ -230,6 +247,9 @@ TEST_CASE("arguments keep their values, their order and their nesting") {
           R"({"city": ["x",{"y":[1,null]}], "days": -1.5e3, "zone": true})");
     CHECK(arguments("city='\U0001F600 \\\\ \\' \\n'") == "{\"city\": \"\U0001F600 \\\\ ' \\n\"}");
     CHECK(arguments("city=''") == R"({"city": ""})");
+    CHECK(arguments("city=O'Hare, days=2") == R"({"city": "O'Hare", "days": 2})");
+    CHECK(arguments("city=[r'a', \"it's\"], days=2") == R"({"city": ["a","it's"], "days": 2})");
+    CHECK(arguments("days=1,, city='x'") == R"({"days": 1, "city": "x"})");
     CHECK(arguments("city=\"\"") == R"({"city": ""})");
     CHECK(arguments("city=date(1, 2)") == "{\"city\": \"date(1, 2)\"}");
     CHECK(arguments("city='a' + 'b', days=1") == R"({"city": "a", "days": 1})");
@@ -241,56 +261,30 @@ TEST_CASE("arguments keep their values, their order and their nesting") {
     CHECK(arguments("other=1") == R"({"other": 1})");
     const std::string in_json = R"({"name": "get_weather", "parameters": {"days": 1, "city": {"a":
         [true, null, "}"]}, "z": "\ud83d\ude00\/"}})";
+    CHECK(read_all_ways(R"({"name": "get_weather", "parameters": {"": 5, "days": 2}})") ==
+          Reading{"", {{"get_weather", R"({"": 5, "days": 2})"}}});
     const Reading r = read_all_ways(in_json);
     CHECK(r.calls.at(0).second ==
           "{\"days\": 1, \"city\": {\"a\":[true,null,\"}\"]}, \"z\": \"\U0001F600/\"}");
 }
 
 TEST_CASE("text that is no call stays as it is") {
-    for (const char* text : {"",
-                             " ",
-                             "\n\n",
-                             "Hello.",
-                             " It is warm.\n\n",
-                             "See [1] and [2].",
-                             "[",
-                             "[]",
-                             "[[",
-                             "{",
-                             "{}",
-                             "`",
-                             "``",
-                             "```",
-                             "```json\n",
-                             "```json\n{\"a\": 1}\n```\n",
-                             "{\"city\": \"Paris\"}",
-                             "{\"name\": \"Ann\", \"age\": 5}",
-                             "{\"name\": \"get_weather\", \"age\": 5}",
-                             "{\"name\": \"get_weather\"",
-                             "[{\"name\": \"get_weather\"",
-                             "[get_weather",
-                             "[get_weather(",
-                             "[get_weather(city",
-                             "get_weather",
-                             "get_weather(city) gives the weather.",
-                             "get_time() gives the time.",
-                             "Call get_time() or get_weather(city='Paris').",
-                             "[foo(x=1)]",
-                             "foo(x=1)",
-                             "[get_weather_now(x=1)]",
-                             "def get_time():\n    pass\n",
-                             "```python\nprint(1)\n```",
-                             "a[get_weather] = 3",
-                             "\"get_time()\"",
-                             "get_weather(city ",
-                             "get_weather(city, days)",
-                             "get_weather",
-                             "[get_weather(Paris)]",
-                             "\u00e9 [\u00e9",
-                             "{'name': get_time}",
-                             "{\"parameters\": {}, \"name\": \"foo\"}",
-                             "{\"type\": \"x\"}",
-                             "- get_time\n- get_weather\n"}) {
+    for (const char* text :
+         {"", " ", "\n\n", "Hello.", " It is warm.\n\n", "See [1] and [2].", "[", "[]", "[[", "{",
+          "{}", "`", "``", "```", "```json\n", "```json\n{\"a\": 1}\n```\n",
+          "{\"city\": \"Paris\"}", "{\"name\": \"Ann\", \"age\": 5}",
+          "{\"name\": \"get_weather\", \"age\": 5}", "{\"name\": \"get_weather\"",
+          "[{\"name\": \"get_weather\"", "[get_weather", "[get_weather(", "[get_weather(city",
+          "get_weather", "get_weather(city) gives the weather.", "get_time() gives the time.",
+          "Call get_time() or get_weather(city='Paris').", "[foo(x=1)]", "foo(x=1)",
+          "[get_weather_now(x=1)]", "def get_time():\n    pass\n", "```python\nprint(1)\n```",
+          "a[get_weather] = 3", "\"get_time()\"", "get_weather(city ", "get_weather(city, days)",
+          "get_weather", "[get_weather(Paris)]", "\u00e9 [\u00e9", "{'name': get_time}",
+          "{\"parameters\": {}, \"name\": \"foo\"}", "{\"type\": \"x\"}",
+          "- get_time\n- get_weather\n", "[{\"\\", "[{\"name\\",
+          // A document: what looks like a call is a part of it.
+          "{\"calls\": [{\"name\": \"get_weather\", \"arguments\": {\"city\": \"x\"}}]}",
+          "{\"a\": \"\n[get_time()]\"}"}) {
         CAPTURE(text);
         CHECK(read_all_ways(text) == Reading{text, {}});
         CHECK(read_all_ways(text, Finish::length) == Reading{text, {}});
@@ -354,6 +348,11 @@ TEST_CASE("a call that its turn ends is completed; one that a limit cuts is left
         CAPTURE(text);
         CHECK(read_all_ways(text) == Reading{"", {paris}});
     }
+    // One that a stop string cuts is no whole command either.
+    CallReader cut(make_tools());
+    CHECK(cut.push("[get_weather(city=\"Paris", Finish::stop, true) == "");
+    CHECK(json::parse(cut.take_json(false))["function"]["arguments"] == R"({"city": "Paris)");
+    CHECK(cut.finish_reason(Finish::stop) == "");
     CHECK(read_all_ways("[get_weather(city='Par", Finish::length) ==
           Reading{"", {{"get_weather", R"({"city": "Par)"}}});
     CHECK(read_all_ways("[get_weather(city=\"Paris\", days=1", Finish::length) ==
