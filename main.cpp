@@ -170,7 +170,6 @@ void load(Loaded& loaded, Options o, Service& service) {
 // The id of the Google Cloud project, from the metadata server. Its address is fixed: a name could
 // wait for DNS on a machine that has none.
 std::string find_project() {
-    if (const char* const given = std::getenv("GOOGLE_CLOUD_PROJECT")) return given;
     const char* const host = std::getenv("GCE_METADATA_HOST");
     httplib::Client metadata(text("http://%s", host ? host : "169.254.169.254"));
     metadata.set_connection_timeout(1);
@@ -219,8 +218,11 @@ int serve(const Options& options) {
     std::atomic<bool> failed = false;
     std::thread loading([&] {
         try {
+            // One that is given is known to the first request; one that is asked for delays none.
+            const char* const project = std::getenv("GOOGLE_CLOUD_PROJECT");
+            if (project) set_trace_project(project);
             load(loaded, options, service);
-            if (logs_json()) set_trace_project(find_project());
+            if (logs_json() && !project) set_trace_project(find_project());
         } catch (const std::exception& e) {
             say(e.what(), Severity::error);
             failed = true;
