@@ -218,7 +218,7 @@ int serve(const Options& options) {
     std::atomic<bool> failed = false;
     std::thread loading([&] {
         try {
-            // One that is given is known to the first request; one that is asked for delays none.
+            // The first request's log line must have a given project; asking for it delays none.
             const char* const project = std::getenv("GOOGLE_CLOUD_PROJECT");
             if (project) set_trace_project(project);
             load(loaded, options, service);

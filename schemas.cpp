@@ -88,9 +88,10 @@ const ordered& Schemas::resolve(const ordered& schema, const std::string& place)
     std::string pointer;
     for (auto left = std::string_view(name.get_ref<const std::string&>()).substr(1);
          !left.empty();) {
-        int byte = 0;  // %25
+        unsigned byte = 0;  // of a percent-escape, such as %25
+        const char* const digits = left.data() + 1;
         const bool is_code = left.size() > 2 && left[0] == '%' &&
-                             std::from_chars(&left[1], &left[3], byte, 16).ptr == &left[3];
+                             std::from_chars(digits, digits + 2, byte, 16).ptr == digits + 2;
         pointer += is_code ? char(byte) : left[0];
         left.remove_prefix(is_code ? 3 : 1);
     }

@@ -141,7 +141,8 @@ std::pair<std::string, ordered> of_structured_outputs(const ordered& fields) {
     return found;
 }
 
-// Refuses a function's schema in its own place: in that of all calls nobody finds it.
+// Refuses a function's schema by the name that the client knows: tools[i].function.parameters. In
+// the schema of all calls the fault has a place that the client never wrote.
 void check_schemas(const Tools& tools) {
     for (size_t i = 0; i < tools.offered.size(); i++) {
         const ordered schema = tools.offered[i].value("parameters", ordered());

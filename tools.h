@@ -20,13 +20,13 @@ struct Tools {
     Choice choice = Choice::automatic;
     bool parallel = true;            // may one answer have several calls?
     bool in_json = false;            // the form that the prompt asks for: JSON, else Python
-    nlohmann::ordered_json offered;  // [{name, description, parameters, ...}], as the client sent
-                                     // them
+    nlohmann::ordered_json offered;  // [{name, description, parameters, ...}] in the client's order
     std::string named;               // the one to call, with Choice::named
 
     bool has(std::string_view name) const;
     bool has_prefix(std::string_view start) const;  // of a name
-    // The name of a function's parameter, in its schema's order; "" if it has not so many.
+    // The name of a function's parameter, by its place in the schema; "" if the schema has none
+    // there.
     std::string parameter(std::string_view function, size_t index) const;
 };
 

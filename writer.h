@@ -158,7 +158,7 @@ class Writer {
         return s + R"(,"token_ids":null)" + prompt_logprobs_json(c) + "}";
     }
 
-    // What is not there, a client does not have to look at.
+    // A delta has only the keys that it has something for: clients take an empty content for text.
     static std::string delta_json(const std::string& content, const std::string& calls) {
         const std::string text = content == "null" ? "" : R"("content":)" + content;
         if (calls.empty()) return text;

@@ -18,6 +18,9 @@ import openai
 import pydantic
 from openai import AsyncOpenAI, OpenAI
 
+import checks
+from checks import check
+
 PLAIN, KEYED, KEY, SMALL = sys.argv[1:]
 MODEL, ALIAS = "gemma-demo", "google/gemma-3-1b-it"
 PROMPT = "The KV cache is a"
@@ -25,14 +28,6 @@ QUESTION = [{"role": "user", "content": "What is a token?"}]
 ANSWER = ("A token is a small piece of text, often a word or a part of a word. "
           "A model reads and writes tokens, one after the other.")
 ENDLESS = {"prompt": "Cloud Run is a", "max_tokens": 32000, "extra_body": {"ignore_eos": True}}
-checks = 0
-
-
-def check(condition, *why):
-    global checks
-    checks += 1
-    if not condition:
-        raise AssertionError(*why)
 
 
 def raises(kind, call, *words, param=None):
@@ -400,7 +395,7 @@ def main():
             traceback.print_exc()
     if failed:
         sys.exit(1)
-    print(f"openai-python {openai.__version__}: {checks} checks")
+    print(f"openai-python {openai.__version__}: {checks.count} checks")
 
 
 main()
