@@ -85,15 +85,14 @@ const ordered& Schemas::resolve(const ordered& schema, const std::string& place)
     const ordered& name = member(schema, "$ref");
     if (!name.is_string() || !name.get_ref<const std::string&>().starts_with("#"))
         fail(place, "$ref must begin with #, got " + name.dump().substr(0, 100));
+    const auto& s = name.get_ref<const std::string&>();
     std::string pointer;
-    for (auto left = std::string_view(name.get_ref<const std::string&>()).substr(1);
-         !left.empty();) {
+    for (size_t i = 1; i < s.size(); i++) {
         unsigned byte = 0;  // of a percent-escape, such as %25
-        const char* const digits = left.data() + 1;
-        const bool is_code = left.size() > 2 && left[0] == '%' &&
-                             std::from_chars(digits, digits + 2, byte, 16).ptr == digits + 2;
-        pointer += is_code ? char(byte) : left[0];
-        left.remove_prefix(is_code ? 3 : 1);
+        const bool is_code = s[i] == '%' && i + 2 < s.size() &&
+                             std::from_chars(&s[i + 1], &s[i] + 3, byte, 16).ptr == &s[i] + 3;
+        pointer += is_code ? char(byte) : s[i];
+        i += is_code ? 2 : 0;
     }
     try {
         return root.at(ordered::json_pointer(pointer));
